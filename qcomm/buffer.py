@@ -1,0 +1,440 @@
+"""Buffer: the expert-parallel exchange of one group and shape."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from types import TracebackType
+from typing import Literal, overload
+
+import torch
+import torch.distributed as dist
+
+from qcomm import validate
+from qcomm.config import BufferConfig, Member, agree
+from qcomm.errors import QcommError
+from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.formats import (
+    FP8_GROUP_SIZE,
+    RECV_DTYPES,
+    RECV_LAYOUTS,
+    RecvDtype,
+    RecvLayout,
+    ScaleLayout,
+    WirePrecision,
+)
+from qcomm.handle import DispatchHandle, Event, Owner, Received
+from qcomm.transport.base import Transport
+from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
+
+_buffer_numbers = itertools.count()
+
+
+class Buffer:
+    """Dispatch and combine of MoE tokens among the ranks of a group, in quantized records.
+
+    Collective to make and to destroy; owns symmetric memory where the backend has any. One call at a time: calls on
+    one buffer are ordered on its device whatever streams they come from. A context manager.
+
+    Args:
+        group: process group; None for the default group.
+        num_experts: experts in all, spread evenly: rank r holds [r * num_experts / num_ranks, ...).
+        num_topk: width of `topk_idx`.
+        hidden: elements in a token, a multiple of 128.
+        num_max_tokens_per_rank: most tokens a rank passes to one dispatch.
+        precision: wire format of each leg.
+        backend: "auto", "collective" or "nvlink"; `backend` and `backend_reason` say what auto took and why.
+        provider: symmetric memory of the nvlink backend: "auto", "nvshmem" or "torch".
+        device: where tensors live; None is the current CUDA device, or the CPU where there is none.
+        deadline_s: seconds any wait for a peer may take.
+        num_sms: SMs each communication kernel may occupy; None lets qcomm choose.
+        comm_stream: stream of `async_op=True` calls; None makes one.
+
+    Raises:
+        ValueError, TypeError: arguments no buffer can be made from; raised before any rank is spoken to.
+        QcommConfigError: ranks disagree; names the field and every rank's value.
+        QcommUnsupportedError: the backend asked for cannot run here.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        num_experts: int,
+        num_topk: int,
+        hidden: int,
+        num_max_tokens_per_rank: int,
+        precision: WirePrecision | None = None,
+        backend: str = "auto",
+        provider: str = "auto",
+        device: torch.device | str | None = None,
+        deadline_s: float = 30.0,
+        num_sms: int | None = None,
+        comm_stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self._transport: Transport | None = None
+        if group is None:
+            if not dist.is_initialized():
+                raise ValueError("group must be given, or torch.distributed initialised; see qcomm.bootstrap")
+            group = dist.group.WORLD
+        assert group is not None
+        validate.one_of("backend", backend, BACKENDS)
+        validate.one_of("provider", provider, PROVIDERS)
+        if num_sms is not None:
+            validate.positive("num_sms", num_sms)
+        if not deadline_s > 0:
+            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        num_ranks = dist.get_world_size(group)
+        validate.buffer_shape(num_experts, num_topk, hidden, num_max_tokens_per_rank, num_ranks)
+        self._member = Member(group, dist.get_rank(group), num_ranks, _device(device), deadline_s)
+        self._config = BufferConfig(
+            num_experts=num_experts,
+            num_topk=num_topk,
+            hidden=hidden,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            precision=precision or WirePrecision(),
+            backend=backend,
+            provider=provider,
+            device_type=self._member.device.type,
+        )
+        agree(self._config, self._member)
+        self._choice: Choice = choose(self._config, self._member)
+        self._owner = Owner(next(_buffer_numbers), 0)
+        if comm_stream is None and self._member.device.type == "cuda":
+            comm_stream = torch.cuda.Stream(self._member.device)
+        self._comm_stream = comm_stream
+        self._transport = create(self._choice, self._config, self._member, self._owner, comm_stream, num_sms)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._choice.backend
+
+    @property
+    def backend_reason(self) -> str:
+        """Why that backend."""
+        return self._choice.reason
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return self._member.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in the group."""
+        return self._member.num_ranks
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on this rank."""
+        return self._config.num_experts // self._member.num_ranks
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+        return self._member.device
+
+    @property
+    def symmetric_bytes(self) -> int:
+        """Bytes of symmetric memory this rank holds; 0 on the collective backend."""
+        return self._live().symmetric_bytes
+
+    @overload
+    def dispatch(
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor | None = ...,
+        topk_weights: torch.Tensor | None = ...,
+        *,
+        handle: DispatchHandle | None = ...,
+        recv_layout: RecvLayout | None = ...,
+        recv_dtype: RecvDtype | None = ...,
+        alignment: int | None = ...,
+        columnwise: bool = ...,
+        sf_layout: ScaleLayout = ...,
+        static: bool | None = ...,
+        num_max_recv_tokens: int | None = ...,
+        seed: int = ...,
+        backward: bool = ...,
+        async_op: Literal[False] = ...,
+    ) -> tuple[Received, DispatchHandle]: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor | None = ...,
+        topk_weights: torch.Tensor | None = ...,
+        *,
+        handle: DispatchHandle | None = ...,
+        recv_layout: RecvLayout | None = ...,
+        recv_dtype: RecvDtype | None = ...,
+        alignment: int | None = ...,
+        columnwise: bool = ...,
+        sf_layout: ScaleLayout = ...,
+        static: bool | None = ...,
+        num_max_recv_tokens: int | None = ...,
+        seed: int = ...,
+        backward: bool = ...,
+        async_op: Literal[True],
+    ) -> tuple[Received, DispatchHandle, Event]: ...
+
+    def dispatch(
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        handle: DispatchHandle | None = None,
+        recv_layout: RecvLayout | None = None,
+        recv_dtype: RecvDtype | None = None,
+        alignment: int | None = None,
+        columnwise: bool = False,
+        sf_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+        static: bool | None = None,
+        num_max_recv_tokens: int | None = None,
+        seed: int = 0,
+        backward: bool = False,
+        async_op: bool = False,
+    ) -> tuple[Received, DispatchHandle] | tuple[Received, DispatchHandle, Event]:
+        """Send every token to the ranks of its experts, at most one copy per rank. Collective.
+
+        Synchronises with the host once, to size the result, unless `static` or a handle is given.
+
+        Args:
+            x: `[num_tokens, hidden]` bfloat16, FP8Tensor (wire fp8, bit-unchanged, or mxfp4) or MXFP4Tensor
+                (wire mxfp4, as is). Contiguous. num_tokens may differ between ranks and may be 0.
+            topk_idx: `[num_tokens, num_topk]` int32 or int64 experts, distinct in a row, -1 for none.
+            topk_weights: `[num_tokens, num_topk]` float32 routing weights; None for an unweighted combine.
+            handle: replay the route of an earlier dispatch of this buffer instead of giving topk_idx; layout,
+                alignment and static are then the handle's.
+            recv_layout: "expert_major" (default; by expert, then source rank, then source token), "token_major"
+                (one row per arriving token) or "batched" (`[num_local_experts, rows, hidden]`).
+            recv_dtype: "fp8", "bf16" or "mxfp4"; None is "fp8", on the bf16 wire "bf16".
+            alignment: expert groups start at multiples of it (default 128).
+            columnwise: also give the column-wise FP8 operand; needs "expert_major", "fp8" and an alignment that is a
+                multiple of 128.
+            sf_layout: storage of FP8 scales.
+            static: no host synchronisation: worst-case or given capacity, counts on the device only.
+            num_max_recv_tokens: static capacity in rows (per expert for "batched"); a multiple of alignment.
+            seed: random bits of stochastic rounding.
+            backward: use the `dispatch_bwd` leg.
+            async_op: run on the communication stream and also return an event.
+
+        Returns:
+            What arrived, the handle for combine and replay, and the event with `async_op=True`.
+
+        Raises:
+            ValueError, TypeError: wrong arguments, before anything is launched.
+            QcommRoutingError: topk_idx holds an expert out of range or twice; no rank keeps a result of the call.
+            QcommPeerError: a peer's topk_idx does.
+            QcommTimeoutError: a peer did not come before the deadline; `reset` makes the buffer usable again.
+            QcommOverflowError: an earlier static receive ran out of rows.
+        """
+        transport = self._live()
+        self.check()
+        wire = self._config.precision.leg("dispatch", backward)
+        if handle is None:
+            if topk_idx is None:
+                raise ValueError("topk_idx must be given unless handle is, got None")
+            num_tokens = self._check_routing(x, topk_idx, topk_weights)
+            layout, align, fixed = recv_layout or "expert_major", 128 if alignment is None else alignment, bool(static)
+        else:
+            if topk_idx is not None or topk_weights is not None:
+                raise ValueError("topk_idx and topk_weights must be None with a handle, got tensors")
+            self._check_handle(handle)
+            for name, given, held in (
+                ("recv_layout", recv_layout, handle.recv_layout),
+                ("alignment", alignment, handle.alignment),
+                ("static", static, handle.static),
+                ("num_max_recv_tokens", num_max_recv_tokens, None),
+            ):
+                if given is not None and given != held:
+                    raise ValueError(f"{name} must be the handle's, {held}, got {given}")
+            num_tokens, layout, align, fixed = handle.num_tokens, handle.recv_layout, handle.alignment, handle.static
+        if recv_dtype is None:
+            recv_dtype = "bf16" if wire.kind == "bf16" else "fp8"
+        options = DispatchOptions(
+            recv_layout=layout,
+            recv_dtype=recv_dtype,
+            alignment=align,
+            columnwise=columnwise,
+            static=fixed,
+            capacity=num_max_recv_tokens,
+            sf_layout=sf_layout,
+            wire=wire,
+            seed=seed,
+            async_op=async_op,
+        )
+        _check_options(options)
+        validate.tokens(x, num_tokens=num_tokens, hidden=self._config.hidden, wire=wire, device=self.device)
+        if handle is None:
+            assert topk_idx is not None
+            received, handle, event = transport.dispatch(x, topk_idx, topk_weights, options)
+        else:
+            received, event = transport.replay(x, handle, options)
+        return (received, handle, event) if async_op else (received, handle)
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        weighted: bool = ...,
+        seed: int = ...,
+        backward: bool = ...,
+        async_op: Literal[False] = ...,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        weighted: bool = ...,
+        seed: int = ...,
+        backward: bool = ...,
+        async_op: Literal[True],
+    ) -> tuple[torch.Tensor, Event]: ...
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        weighted: bool = True,
+        seed: int = 0,
+        backward: bool = False,
+        async_op: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Event]:
+        """Sum the experts' outputs of each token and bring the sums back to the tokens' ranks. Collective.
+
+        Each rank sums a token's rows in float32 in top-k order, rounds the sum once to the wire format, and the
+        token's rank adds these in float32 by rank: the same order, hence the same bits, on every run. Does not
+        synchronise with the host.
+
+        Args:
+            y: bfloat16, shaped like `recv.x` with `hidden` columns; padding rows are not read.
+            handle: of the dispatch that `y` belongs to.
+            weighted: multiply each row by its routing weight (1 where dispatch had none). Must be False for
+                "token_major", whose rows are already sums over experts.
+            seed: random bits of stochastic rounding.
+            backward: use the `combine_bwd` leg.
+            async_op: run on the communication stream and also return an event.
+
+        Returns:
+            `[num_tokens, hidden]` bfloat16, zero for a token with no expert; and the event with `async_op=True`.
+
+        Raises:
+            ValueError, TypeError: wrong arguments, before anything is launched.
+            QcommTimeoutError, QcommPeerError: as for `dispatch`.
+        """
+        transport = self._live()
+        self.check()
+        self._check_handle(handle)
+        if handle.recv_layout == "token_major" and weighted:
+            raise ValueError("weighted must be False with recv_layout 'token_major', whose rows are sums, got True")
+        rows = (self.num_local_experts, handle.rows_per_expert) if handle.rows_per_expert else (handle.num_rows,)
+        if handle.recv_layout == "batched":
+            rows = (self.num_local_experts, handle.rows_per_expert)
+        validate.tensor(
+            "y", y, shape=(*rows, self._config.hidden), dtypes=(torch.bfloat16,), device=self.device
+        )
+        wire = self._config.precision.leg("combine", backward)
+        out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
+        return (out, event) if async_op else out
+
+    def check(self) -> None:
+        """Raise what the device reported since the last check: an overflow, a bad route or a timeout.
+
+        Every dispatch and combine checks first, without waiting for the device; synchronise before calling this to
+        hear of everything launched so far.
+        """
+        failure = self._live().check()
+        if failure is not None:
+            raise failure
+
+    def reset(self) -> None:
+        """Make the buffer usable after a timeout: forget calls in flight, and every handle. Collective."""
+        transport = self._live()
+        self._owner = Owner(self._owner.buffer, self._owner.generation + 1)
+        transport.reset(self._owner.generation)
+
+    def destroy(self) -> None:
+        """Free what the buffer holds. Collective; a second call does nothing."""
+        if self._transport is not None:
+            transport, self._transport = self._transport, None
+            transport.destroy()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    def __del__(self) -> None:
+        if getattr(self, "_transport", None) is not None:
+            warnings.warn("a qcomm.Buffer was not destroyed; use it as a context manager", ResourceWarning, stacklevel=1)
+
+    def _live(self) -> Transport:
+        if self._transport is None:
+            raise QcommError("the buffer was destroyed", rank=self._member.rank, phase="buffer.use")
+        return self._transport
+
+    def _check_handle(self, handle: DispatchHandle) -> None:
+        if not isinstance(handle, DispatchHandle):
+            raise TypeError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
+        if handle.owner.buffer != self._owner.buffer:
+            raise ValueError(f"handle must come from this buffer ({self._owner}), got {handle.owner}")
+        if handle.owner.generation != self._owner.generation:
+            raise ValueError(f"handle must be newer than the last reset ({self._owner}), got {handle.owner}")
+
+    def _check_routing(self, x: WireInput, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None) -> int:
+        config = self._config
+        shape = (None, config.num_topk)
+        validate.tensor("topk_idx", topk_idx, shape=shape, dtypes=(torch.int32, torch.int64), device=self.device)
+        num_tokens = topk_idx.shape[0]
+        if num_tokens > config.num_max_tokens_per_rank:
+            raise ValueError(
+                f"topk_idx must have at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank} rows, "
+                f"got {num_tokens}"
+            )
+        if topk_weights is not None:
+            shape = (num_tokens, config.num_topk)
+            validate.tensor("topk_weights", topk_weights, shape=shape, dtypes=(torch.float32,), device=self.device)
+        return num_tokens
+
+
+def _check_options(options: DispatchOptions) -> None:
+    validate.one_of("recv_layout", options.recv_layout, RECV_LAYOUTS)
+    validate.one_of("recv_dtype", options.recv_dtype, RECV_DTYPES)
+    validate.positive("alignment", options.alignment)
+    if not isinstance(options.sf_layout, ScaleLayout):
+        raise TypeError(f"sf_layout must be a ScaleLayout, got {type(options.sf_layout).__name__}")
+    if options.capacity is not None:
+        if not options.static:
+            raise ValueError(f"num_max_recv_tokens must be None unless static=True, got {options.capacity}")
+        by_group = options.recv_layout != "token_major"
+        validate.multiple("num_max_recv_tokens", options.capacity, options.alignment if by_group else 1)
+    if options.columnwise:
+        if options.recv_layout != "expert_major" or options.recv_dtype != "fp8":
+            raise ValueError(
+                "columnwise needs recv_layout 'expert_major' and recv_dtype 'fp8', "
+                f"got {options.recv_layout!r} and {options.recv_dtype!r}"
+            )
+        if options.alignment % FP8_GROUP_SIZE:
+            raise ValueError(f"alignment must be a multiple of {FP8_GROUP_SIZE} for columnwise, got {options.alignment}")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

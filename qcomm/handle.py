@@ -1,0 +1,148 @@
+"""What dispatch returns: the received rows, and the handle that combine and replay need."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from qcomm.formats import RecvLayout, WireFormat
+from qcomm.tensors import FP8Tensor, MXFP4Tensor
+
+
+class Event(Protocol):
+    """What `async_op=True` returns: a torch.cuda.Event, or a completed event on CPU."""
+
+    def wait(self) -> None:
+        """Make the current stream wait for the operation."""
+
+    def synchronize(self) -> None:
+        """Block the host until the operation has finished."""
+
+    def query(self) -> bool:
+        """Tell whether the operation has finished."""
+
+
+class CompletedEvent:
+    """The event of an operation that finished before it returned."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def query(self) -> bool:
+        """Return True."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation."""
+
+    buffer: int
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DispatchHandle:
+    """Where every token of one dispatch went. Immutable; valid until its buffer is reset or destroyed.
+
+    A record is one token as it arrived at this rank; records are numbered by source rank, then by token.
+    Tensors live on the buffer's device. In static mode those with a `records` or `rows` axis have worst-case
+    length, and only the first `recv_offsets[-1]` records, and the rows below `group_offsets[-1]`, are valid.
+
+    Attributes:
+        owner: buffer and generation it belongs to.
+        num_tokens: tokens this rank sent from.
+        recv_layout, alignment, static: as given to dispatch.
+        num_rows: rows of `recv.x` (its leading axes multiplied).
+        rows_per_expert: rows of one expert in the "batched" layout, else 0.
+        has_weights: whether routing weights were given.
+        send_slot: `[num_tokens, num_ranks]` int32: the token's record number at that rank among this rank's
+            records, -1 where it did not go.
+        recv_offsets: `[num_ranks + 1]` int32: first record of each source rank, and the number of records.
+        record_src_token: `[records]` int32.
+        record_topk_idx: `[records, num_topk]` int32 local expert ids, -1 where the expert is on another rank.
+        record_topk_weights: `[records, num_topk]` float32.
+        record_rows: `[records, num_topk]` int32: rows in `recv.x` of the record's experts, -1 for none; in the
+            "token_major" layout `[records, 1]`, the record itself.
+        row_src: `[num_rows, 2]` int32: source rank and token of each row, -1 for padding.
+        row_weights: `[num_rows]` float32, 0 for padding; None in the "token_major" layout.
+        num_tokens_per_expert: `[num_local_experts]` int32.
+        num_tokens_per_expert_list: the same on the host, None in static mode.
+        group_offsets: `[num_local_experts + 1]` int32: first row of each expert, and the end of the last; None
+            in the "token_major" layout.
+        send_counts, recv_counts: records per peer on the host, None in static mode.
+    """
+
+    owner: Owner
+    num_tokens: int
+    recv_layout: RecvLayout
+    alignment: int
+    static: bool
+    num_rows: int
+    rows_per_expert: int
+    has_weights: bool
+    send_slot: torch.Tensor
+    recv_offsets: torch.Tensor
+    record_src_token: torch.Tensor
+    record_topk_idx: torch.Tensor
+    record_topk_weights: torch.Tensor
+    record_rows: torch.Tensor
+    row_src: torch.Tensor
+    row_weights: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor
+    num_tokens_per_expert_list: tuple[int, ...] | None
+    group_offsets: torch.Tensor | None
+    send_counts: tuple[int, ...] | None
+    recv_counts: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Received:
+    """What a rank received. Tensors are the caller's: no later call overwrites them.
+
+    Attributes:
+        x: what the expert GEMM reads: `[rows, hidden]` float8_e4m3fn or bfloat16, or uint8 MXFP4 data
+            `[rows, hidden // 2]`; with the "batched" layout `[num_local_experts, rows, ...]`. Padding rows inside
+            a group are zero. In static mode rows from `group_offsets[-1]` on are unspecified, and so are a "batched"
+            expert's rows past its count.
+        sf: float32 `[..., hidden // 128]` for fp8, uint8 `[..., hidden // 32]` for mxfp4, None for bf16.
+        x_columnwise: `[rows * hidden]` float8_e4m3fn: each expert's transposed `[hidden, rows_e]` block, one after
+            the other; None unless asked for.
+        sf_columnwise: `[rows // 128, hidden]` float32, one scale per 128 rows of a column.
+        num_tokens_per_expert: `[num_local_experts]` int32 on the device.
+        num_tokens_per_expert_list: the same on the host where dispatch synchronised anyway, else None.
+        group_offsets: `[num_local_experts + 1]` int32 first row of each expert; None for "token_major".
+        weights: `[rows]` float32 routing weight of each row, 0 for padding; None for "token_major".
+        src: `[rows, 2]` int32: source rank and source token of each row, -1 for padding.
+        topk_idx, topk_weights: `[rows, num_topk]` local expert ids (-1 elsewhere) and weights, "token_major" only.
+        spread_overflows: `[2]` int64 on the device: blocks whose exponent distance was above 14, so that E4M3
+            rounded them, in `x` and in `x_columnwise`.
+        wire: format the rows travelled in.
+    """
+
+    x: torch.Tensor
+    sf: torch.Tensor | None
+    x_columnwise: torch.Tensor | None
+    sf_columnwise: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor
+    num_tokens_per_expert_list: tuple[int, ...] | None
+    group_offsets: torch.Tensor | None
+    weights: torch.Tensor | None
+    src: torch.Tensor
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    spread_overflows: torch.Tensor
+    wire: WireFormat
+
+    def tensor(self) -> torch.Tensor | FP8Tensor | MXFP4Tensor:
+        """Return `x` with its scales as one object, rows flattened: bfloat16, FP8Tensor or MXFP4Tensor."""
+        x = self.x.flatten(0, -2)
+        if self.sf is None:
+            return x
+        sf = self.sf.flatten(0, -2) if self.sf.dim() > 2 else self.sf
+        return MXFP4Tensor(x, sf, self.wire.hadamard) if x.dtype == torch.uint8 else FP8Tensor(x, sf)

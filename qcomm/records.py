@@ -1,0 +1,75 @@
+"""Byte offsets of what travels: the record of one token, and the metadata that goes ahead of it.
+
+The only place that knows them; kernels get the numbers as compile-time constants (`RecordLayout.constants`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WireKind
+
+RECORD_ALIGNMENT = 16
+"""Bulk copies move multiples of 16 bytes between 16-byte boundaries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordLayout:
+    """One token on the wire: data, then scales, padded to 16 bytes.
+
+    bf16: 2 * hidden bytes. fp8: hidden bytes, then hidden / 128 float32. mxfp4: hidden / 2 bytes, then
+    hidden / 32 E8M0 bytes.
+    """
+
+    kind: WireKind
+    hidden: int
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the elements; scales start here."""
+        return {"bf16": 2 * self.hidden, "fp8": self.hidden, "mxfp4": self.hidden // 2}[self.kind]
+
+    @property
+    def sf_bytes(self) -> int:
+        """Bytes of the scales."""
+        return {"bf16": 0, "fp8": 4 * self.hidden // FP8_GROUP_SIZE, "mxfp4": self.hidden // BLOCK_SIZE}[self.kind]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole record."""
+        return align(self.data_bytes + self.sf_bytes, RECORD_ALIGNMENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetadataLayout:
+    """The int32 words that describe one record: source token, then per top-k entry three words.
+
+    Entries whose expert does not live on the receiving rank have the local expert -1.
+    """
+
+    num_topk: int
+
+    @property
+    def expert(self) -> slice:
+        """Local expert ids."""
+        return slice(1, 1 + self.num_topk)
+
+    @property
+    def ordinal(self) -> slice:
+        """Number of earlier tokens of the same source that go to the same expert."""
+        return slice(1 + self.num_topk, 1 + 2 * self.num_topk)
+
+    @property
+    def weight(self) -> slice:
+        """Routing weights, float32 bits."""
+        return slice(1 + 2 * self.num_topk, 1 + 3 * self.num_topk)
+
+    @property
+    def num_words(self) -> int:
+        """Words in all."""
+        return 1 + 3 * self.num_topk
+
+
+def align(value: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-value // multiple) * multiple

@@ -1,0 +1,77 @@
+"""The protocol between Buffer and a backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from qcomm.errors import QcommError, QcommOverflowError
+from qcomm.exchange import DispatchOptions, Payload, WireInput
+from qcomm.formats import WireFormat
+from qcomm.handle import DispatchHandle, Event, Received
+
+
+class Transport(Protocol):
+    """One backend of one Buffer. Arguments were checked by the Buffer; every method but `check` is collective."""
+
+    def dispatch(
+        self, x: WireInput, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
+    ) -> tuple[Received, DispatchHandle, Event]:
+        """Route, send and receive."""
+
+    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
+        """Send and receive along a known route."""
+
+    def combine(
+        self, y: torch.Tensor, handle: DispatchHandle, wire: WireFormat, weighted: bool, seed: int, async_op: bool
+    ) -> tuple[torch.Tensor, Event]:
+        """Sum rows per token and return the sums to the tokens' ranks."""
+
+    symmetric_bytes: int
+
+    def check(self) -> QcommError | None:
+        """Take the failure noted since the last check, if any, without waiting for the device."""
+
+    def reset(self, generation: int) -> None:
+        """Make the transport usable again after a failure."""
+
+    def destroy(self) -> None:
+        """Free everything it holds."""
+
+
+def received(payload: Payload, handle: DispatchHandle, options: DispatchOptions) -> Received:
+    """Join the rows of one call with what its handle knows of them."""
+    by_token = handle.recv_layout == "token_major"
+
+    def shaped(t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or not handle.rows_per_expert else t.unflatten(0, (-1, handle.rows_per_expert))
+
+    x = shaped(payload.x)
+    assert x is not None
+    return Received(
+        x=x,
+        sf=shaped(payload.sf),
+        x_columnwise=payload.x_columnwise,
+        sf_columnwise=payload.sf_columnwise,
+        num_tokens_per_expert=handle.num_tokens_per_expert,
+        num_tokens_per_expert_list=handle.num_tokens_per_expert_list,
+        group_offsets=handle.group_offsets,
+        weights=handle.row_weights,
+        src=handle.row_src,
+        topk_idx=handle.record_topk_idx if by_token else None,
+        topk_weights=handle.record_topk_weights if by_token else None,
+        spread_overflows=payload.spread_overflows,
+        wire=options.wire,
+    )
+
+
+def overflow_error(rank: int, needed: int, available: int) -> QcommOverflowError:
+    """Build the error of a static receive that ran out of rows."""
+    return QcommOverflowError(
+        f"rank {rank}: a static receive needed {needed} rows, num_max_recv_tokens gave {available}",
+        rank=rank,
+        phase="dispatch.place",
+        expected=needed,
+        seen=available,
+    )
