@@ -65,6 +65,7 @@ class Placement:
     """Where a rank's incoming records go; fields as in DispatchHandle."""
 
     record_rows: torch.Tensor
+    row_record: torch.Tensor
     row_src: torch.Tensor
     row_weights: torch.Tensor | None
     num_tokens_per_expert: torch.Tensor
@@ -147,6 +148,7 @@ def metadata(routing: Routing, topk_weights: torch.Tensor | None, tokens: torch.
 
 def place(
     words: torch.Tensor,
+    num_topk: int,
     record_src: torch.Tensor,
     counts: torch.Tensor,
     options: DispatchOptions,
@@ -156,16 +158,16 @@ def place(
     """Assign rows to records: by expert, then source rank, then source token.
 
     Args:
-        words: `[records, num_words]` int32 metadata; records that hold no token have experts of -1.
+        words: `[records, num_words]` int32 metadata with `num_topk` entries; records that hold no token have experts of -1.
         record_src: `[records]` int64 source rank, -1 for no token.
         counts: `[num_ranks, num_local_experts]` int64 tokens from each rank for each local expert.
         options: the call's options.
         num_rows: rows there are.
         rows_per_expert: rows per expert in the "batched" layout.
     """
-    layout = MetadataLayout((words.shape[1] - 1) // 3)
+    layout = MetadataLayout(num_topk)
     experts = words[:, layout.expert].to(torch.int64)
-    num_records, num_topk = experts.shape
+    num_records = len(words)
     totals = counts.sum(0)
     device = words.device
     if options.recv_layout == "token_major":
@@ -191,6 +193,9 @@ def place(
     src = torch.full((num_rows + 1, 2), -1, dtype=torch.int32, device=device)
     source = torch.stack((record_src.to(torch.int32), words[:, 0]), dim=1)
     src[spill.flatten()] = source.repeat_interleave(rows.shape[1], dim=0)
+    row_record = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=device)
+    numbers = torch.arange(num_records, dtype=torch.int32, device=device)
+    row_record[spill.flatten()] = numbers.repeat_interleave(rows.shape[1])
     weights = None
     if options.recv_layout != "token_major":
         weights = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
@@ -198,6 +203,7 @@ def place(
         weights = weights[:num_rows]
     return Placement(
         record_rows=rows.to(torch.int32),
+        row_record=row_record[:num_rows],
         row_src=src[:num_rows],
         row_weights=weights,
         num_tokens_per_expert=totals.to(torch.int32),
@@ -373,7 +379,8 @@ def exact_rows(options: DispatchOptions, num_records: int, tokens_per_expert: tu
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    # By way of one dimension: torch views no other type where the last of several has an odd stride, as with one column.
+    return x.contiguous().flatten().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.element_size())
 
 
 def _convert(held: WireInput, options: DispatchOptions, none: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:

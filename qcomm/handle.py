@@ -69,6 +69,7 @@ class DispatchHandle:
         record_topk_weights: `[records, num_topk]` float32.
         record_rows: `[records, num_topk]` int32: rows in `recv.x` of the record's experts, -1 for none; in the
             "token_major" layout `[records, 1]`, the record itself.
+        row_record: `[num_rows]` int32 record of each row, -1 for padding.
         row_src: `[num_rows, 2]` int32: source rank and token of each row, -1 for padding.
         row_weights: `[num_rows]` float32, 0 for padding; None in the "token_major" layout.
         num_tokens_per_expert: `[num_local_experts]` int32.
@@ -92,6 +93,7 @@ class DispatchHandle:
     record_topk_idx: torch.Tensor
     record_topk_weights: torch.Tensor
     record_rows: torch.Tensor
+    row_record: torch.Tensor
     row_src: torch.Tensor
     row_weights: torch.Tensor | None
     num_tokens_per_expert: torch.Tensor

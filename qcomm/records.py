@@ -1,6 +1,6 @@
 """Byte offsets of what travels: the record of one token, and the metadata that goes ahead of it.
 
-The only place that knows them; kernels get the numbers as compile-time constants (`RecordLayout.constants`).
+The only place that knows them; kernels get the numbers as compile-time constants and parameters.
 """
 
 from __future__ import annotations
@@ -66,10 +66,58 @@ class MetadataLayout:
 
     @property
     def num_words(self) -> int:
-        """Words in all."""
-        return 1 + 3 * self.num_topk
+        """Words in all, padded to 16 bytes."""
+        return align(1 + 3 * self.num_topk, 4)
 
 
 def align(value: int, multiple: int) -> int:
     """Round up to a multiple."""
     return -(-value // multiple) * multiple
+
+
+SYMMETRIC_ALIGNMENT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricLayout:
+    """Offsets of the parts of a rank's symmetric memory; the same on every rank.
+
+    Every part is indexed by source rank, so that no two ranks write one place. Counts and metadata exist twice, for
+    even and odd calls, because a rank may write the next call's while a peer still reads this one's.
+    """
+
+    num_ranks: int
+    num_local_experts: int
+    max_tokens: int
+    num_topk: int
+    dispatch_record_bytes: int
+    combine_record_bytes: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each part, in order."""
+        slots = self.num_ranks * self.max_tokens
+        return {
+            "barrier_flags": 4 * self.num_ranks,
+            "route_flags": 4 * self.num_ranks,
+            "counts": 2 * 4 * self.num_ranks * (2 + self.num_local_experts),
+            "metadata": 2 * 4 * slots * MetadataLayout(self.num_topk).num_words,
+            "dispatch_flags": 4 * slots,
+            "combine_flags": 4 * slots,
+            "dispatch_records": slots * self.dispatch_record_bytes,
+            "combine_records": slots * self.combine_record_bytes,
+        }
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Offset of each part."""
+        offsets, end = {}, 0
+        for name, size in self.sizes.items():
+            offsets[name] = end
+            end += align(size, SYMMETRIC_ALIGNMENT)
+        return offsets
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+        return sum(align(size, SYMMETRIC_ALIGNMENT) for size in self.sizes.values())

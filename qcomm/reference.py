@@ -7,6 +7,8 @@ operations. The CUDA kernels must give the same bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qcomm.formats import (
@@ -154,7 +156,7 @@ def quantize_mxfp4(
     if rounding is Rounding.NEAREST:
         codes = _round_e2m1(scaled)
     else:
-        flat_rows = values.numel() // values.shape[-1]
+        flat_rows = math.prod(values.shape[:-1])
         index = torch.arange(flat_rows, device=x.device) if rows is None else rows.to(torch.int64)
         bits = random_bits16(index, x.shape[-1], seed, subsequence)
         codes = _round_e2m1_stochastic(scaled, bits.view(scaled.shape))

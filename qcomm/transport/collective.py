@@ -104,7 +104,7 @@ class CollectiveTransport:
         records = torch.arange(num_records, device=member.device)
         record_src = torch.searchsorted(offsets[1:].contiguous(), records, right=True)
         record_src = torch.where(records < offsets[-1], record_src, -1)
-        placement = exchange.place(words, record_src, expert_counts, options, num_rows, rows_per_expert)
+        placement = exchange.place(words, config.num_topk, record_src, expert_counts, options, num_rows, rows_per_expert)
         if options.static:
             self._noted.append(_Noted("rows", placement.rows_needed, rows_per_expert or num_rows))
         layout = MetadataLayout(config.num_topk)
@@ -123,6 +123,7 @@ class CollectiveTransport:
             record_topk_idx=words[:, layout.expert].contiguous(),
             record_topk_weights=words[:, layout.weight].contiguous().view(torch.float32),
             record_rows=placement.record_rows,
+            row_record=placement.row_record,
             row_src=placement.row_src,
             row_weights=placement.row_weights,
             num_tokens_per_expert=placement.num_tokens_per_expert,

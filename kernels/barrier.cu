@@ -1,0 +1,23 @@
+// Starts a call that needs no routing: a replay, or a combine.
+//
+// Grid 1, block at least num_ranks threads. Raises this rank's flag in every peer, waits for every peer's,
+// and counts the call in state->epoch. A rank that has passed knows that every peer has finished its earlier
+// calls, so that its slots may be overwritten.
+#include "wait.cuh"
+
+struct BarrierParams {
+    Comm comm;
+};
+
+extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
+    const Comm& comm = p.comm;
+    const int peer = threadIdx.x;
+    const uint32_t epoch = comm.state->epoch + 1;
+    if (peer < comm.num_ranks) {
+        store_release_sys(region<uint32_t>(comm, peer, comm.barrier_flags) + comm.rank, epoch);
+        wait_flag(comm, region<uint32_t>(comm, comm.rank, comm.barrier_flags) + peer, epoch, peer,
+                  kPhaseBarrier);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) comm.state->epoch = epoch;
+}

@@ -1,0 +1,104 @@
+// The send side of dispatch: quantizes each token once and copies its record to every destination rank.
+#include "record.cuh"
+#include "wait.cuh"
+
+enum InputKind { kInputBf16 = QCOMM_BF16, kInputFp8 = QCOMM_FP8, kInputMxfp4 = QCOMM_MXFP4 };
+
+struct DispatchSendParams {
+    Comm comm;
+    const uint8_t* x;   // [num_tokens] rows of bf16, E4M3 or packed E2M1
+    const uint8_t* sf;  // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
+    const int32_t* send_slot;  // [num_tokens, num_ranks]
+    int64_t sf_row_stride;     // elements
+    int64_t sf_group_stride;   // elements
+    Quantizer quantizer;
+    int32_t num_tokens;
+};
+
+static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
+              "qcomm/ops/dispatch.py holds the same");
+
+constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
+
+// Any grid and block; a warp takes every num_warps-th token. Dynamic shared memory: two records a warp,
+// 16-byte aligned. Reads x once and writes each record once per destination rank, itself included: slot
+// send_slot[token][rank] of this rank's region there, then, with release order, that slot's flag.
+extern "C" __global__ void dispatch_send(const __grid_constant__ DispatchSendParams p) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    const Comm& comm = p.comm;
+    if (timed_out(comm)) return;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int num_warps = gridDim.x * (blockDim.x / 32);
+    const uint32_t epoch = comm.state->epoch;
+    Sender sender(shared + warp * 2 * kRecordBytes, epoch);
+
+    for (int token = blockIdx.x + gridDim.x * warp; token < p.num_tokens; token += num_warps) {
+        const int slot =
+            lane < comm.num_ranks ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + lane] : -1;
+        if (__all_sync(kAllLanes, slot < 0)) continue;
+        uint8_t* stage = sender.stage();
+        if constexpr (kInput == kInputMxfp4) {
+            const uint4* data =
+                reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (kHidden / 2));
+            const uint32_t* sf =
+                reinterpret_cast<const uint32_t*>(p.sf + static_cast<int64_t>(token) * (kHidden / 32));
+            for (int i = lane; i < kHidden / 32; i += 32)
+                reinterpret_cast<uint4*>(stage)[i] = data[i];
+            for (int i = lane; i < kHidden / 128; i += 32) {
+                reinterpret_cast<uint32_t*>(stage + kScaleOffset)[i] = sf[i];
+            }
+        } else {
+#pragma unroll 2
+            for (int i = 0; i < kVecsPerLane; ++i) {
+                const int vec = i * 32 + lane;
+                const bool active = vec < kNumVecs;
+                const uint4 zero = make_uint4(0, 0, 0, 0);
+                WireVec w = {};
+                if constexpr (kInput == kInputBf16) {
+                    const uint4* data =
+                        reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (2 * kHidden)) +
+                        2 * vec;
+                    const uint4 low = active ? data[0] : zero, high = active ? data[1] : zero;
+                    if constexpr (kWire == kBf16) {
+                        w.low = low;
+                        w.high = high;
+                    } else {
+                        float v[kVec];
+                        decode_bf16(low, high, v);
+                        w = encode_wire<false>(v, 0, p.quantizer, token, vec);
+                    }
+                } else {
+                    const uint4* data =
+                        reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden);
+                    const float* sf = reinterpret_cast<const float*>(p.sf) + token * p.sf_row_stride;
+                    const uint4 codes = active ? data[vec] : zero;
+                    const float scale = active ? sf[vec / kLanesPerGroup * p.sf_group_stride] : 0.0f;
+                    if constexpr (kWire == kFp8) {
+                        w.low = codes;
+                        w.scale = scale;
+                    } else {
+                        float v[kVec];
+                        int offset = 0;
+                        if constexpr (kHadamard) {
+                            decode_fp8(codes, scale, v);
+                        } else {
+                            decode_e4m3(codes, v);
+                            offset = scale_to_odd(v, scale);
+                        }
+                        w = encode_wire<true>(v, offset, p.quantizer, token, vec);
+                    }
+                }
+                write_record(stage, w, vec);
+            }
+        }
+        uint8_t* destination = nullptr;
+        uint32_t* flag = nullptr;
+        if (slot >= 0) {
+            const int64_t index = slot_index(comm, comm.rank, slot);
+            destination = region<uint8_t>(comm, lane, comm.dispatch_records) + index * kRecordBytes;
+            flag = region<uint32_t>(comm, lane, comm.dispatch_flags) + index;
+        }
+        sender.send(destination, flag);
+    }
+    sender.finish();
+}

@@ -1,0 +1,80 @@
+// What host and device agree on: every offset comes from the host (qcomm/records.py,
+// qcomm/transport/nvlink.py).
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr int kMaxRanks = QCOMM_MAX_RANKS;
+
+enum WireKind { kBf16 = QCOMM_BF16, kFp8 = QCOMM_FP8, kMxfp4 = QCOMM_MXFP4 };
+
+// What a host may read at any time, in pinned host memory: the first timeout, and the last notice.
+struct Report {
+    uint32_t code;
+    int32_t rank;
+    int32_t peer;
+    int32_t phase;
+    int32_t expected;
+    int32_t seen;
+};
+
+struct HostReports {
+    Report timeout;
+    Report notice;
+};
+
+// This rank's device memory, not symmetric. `epoch` counts calls and is the value of every flag of a call.
+struct State {
+    uint32_t epoch;
+    uint32_t timed_out;
+    uint32_t route_blocks_done;
+    uint32_t place_blocks_done;
+    int32_t bad_token;
+};
+
+// Symmetric memory of every rank, and this rank's place. Offsets are in bytes from peer[r].
+struct Comm {
+    uint8_t* peer[kMaxRanks];
+    State* state;
+    HostReports* reports;
+    uint64_t deadline_ns;
+    uint64_t barrier_flags;  // uint32 [num_ranks]
+    uint64_t route_flags;    // uint32 [num_ranks]
+    uint64_t counts;    // int32 [2][num_ranks][2 + num_local_experts]: bad token + 1, records, per expert
+    uint64_t metadata;  // int32 [2][num_ranks][max_tokens][metadata_words]
+    uint64_t dispatch_flags;    // uint32 [num_ranks][max_tokens]
+    uint64_t combine_flags;     // uint32 [num_ranks][max_tokens]
+    uint64_t dispatch_records;  // [num_ranks][max_tokens] records
+    uint64_t combine_records;   // [num_ranks][max_tokens] records
+    int32_t rank;
+    int32_t num_ranks;
+    int32_t max_tokens;
+    int32_t num_experts;
+    int32_t num_local_experts;
+    int32_t metadata_words;
+};
+
+static_assert(sizeof(Comm) == QCOMM_SIZEOF_COMM, "qcomm/transport/nvlink.py holds the same structure");
+
+// Region [source][slot] of a rank's symmetric memory.
+template <typename T>
+__device__ __forceinline__ T* region(const Comm& comm, int rank, uint64_t offset) {
+    return reinterpret_cast<T*>(comm.peer[rank] + offset);
+}
+
+__device__ __forceinline__ int64_t slot_index(const Comm& comm, int source, int slot) {
+    return static_cast<int64_t>(source) * comm.max_tokens + slot;
+}
+
+__device__ __forceinline__ int32_t* counts_of(const Comm& comm, int rank, uint32_t epoch, int source) {
+    const int width = 2 + comm.num_local_experts;
+    const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks + source;
+    return region<int32_t>(comm, rank, comm.counts) + index * width;
+}
+
+__device__ __forceinline__ int32_t* metadata_of(const Comm& comm, int rank, uint32_t epoch, int source,
+                                                int slot) {
+    const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks * comm.max_tokens;
+    return region<int32_t>(comm, rank, comm.metadata) +
+           (index + slot_index(comm, source, slot)) * comm.metadata_words;
+}

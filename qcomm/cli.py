@@ -1,0 +1,85 @@
+"""The command line: `python -m qcomm info | demo | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qcomm import resources
+from qcomm.errors import QcommError
+
+_BENCH_PREFIX = "bench_"
+_SIZES = (
+    ("hidden", "elements in a token"),
+    ("tokens", "most tokens of a rank; ranks take different numbers of them"),
+    ("experts", "experts in all"),
+    ("topk", "experts of a token"),
+    ("intermediate", "width inside an expert"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; wrong usage exits with code 2.
+
+    Args:
+        argv: arguments after the program's name; None takes them from sys.argv.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m qcomm", description="Quantized MoE dispatch and combine."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="say what this machine has and which backend it would take")
+    info.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+
+    demo = commands.add_parser(
+        "demo", help="run an MoE layer on real text, once per wire; start it with mpirun"
+    )
+    for flag, what in _SIZES:
+        demo.add_argument(f"--{flag}", type=int, metavar="N", help=f"{what} (default: by device)")
+
+    bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
+    bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark"
+    )
+
+    options = parser.parse_args(argv)
+    if options.command == "info":
+        from qcomm.info import show
+
+        show(as_json=options.json)
+        return 0
+    if options.command == "demo":
+        from qcomm.demo import run
+
+        run({flag: getattr(options, flag) for flag, _ in _SIZES})
+        return 0
+    return _bench(options.name, options.arguments)
+
+
+def _bench(name: str | None, arguments: list[str]) -> int:
+    try:
+        folder = resources.find("benchmarks")
+    except QcommError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    scripts = {
+        path.stem.removeprefix(_BENCH_PREFIX): path for path in sorted(folder.glob(f"{_BENCH_PREFIX}*.py"))
+    }
+    if name is None or name not in scripts:
+        what = "bench needs a NAME" if name is None else f"NAME must be a benchmark in {folder}, got {name!r}"
+        sys.stderr.write(f"{what}; there are: {', '.join(scripts) or 'none'}\n")
+        return 2
+    _run_script(scripts[name], arguments)
+    return 0
+
+
+def _run_script(script: Path, arguments: list[str]) -> None:
+    """Run a script as `python SCRIPT ARGUMENTS` would: its own sys.argv, its folder first on sys.path."""
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,151 @@
+"""Compile, cache and load the CUDA kernels.
+
+NVRTC compiles a file of the kernels folder for one set of constants, which the file sees as `QCOMM_*` macros; the
+cubin is kept on disk under a name that covers everything it depends on, so that a second process compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from qcomm import resources
+from qcomm.errors import QcommUnsupportedError
+
+CACHE_VARIABLE = "QCOMM_CACHE_DIR"
+_MAX_STATIC_SHARED_BYTES = 48 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec:
+    """A kernel of one file, specialised.
+
+    Attributes:
+        file: name in the kernels folder, without suffix.
+        name: the `extern "C"` function.
+        constants: sorted (name, value) pairs; the file sees `QCOMM_<NAME>`.
+    """
+
+    file: str
+    name: str
+    constants: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, file: str, name: str, **constants: int) -> KernelSpec:
+        """Build a spec from keyword constants."""
+        return cls(file, name, tuple(sorted((key.upper(), int(value)) for key, value in constants.items())))
+
+
+def kernels_dir() -> pathlib.Path:
+    """Return the folder of the kernel sources."""
+    return resources.find("kernels")
+
+
+def cache_dir() -> pathlib.Path:
+    """Return the folder of compiled kernels: $QCOMM_CACHE_DIR, or qcomm in the user's cache folder."""
+    if os.environ.get(CACHE_VARIABLE):
+        return pathlib.Path(os.environ[CACHE_VARIABLE])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "qcomm"
+
+
+def compile_cubin(spec: KernelSpec, arch: str) -> bytes:
+    """Compile a spec for an architecture such as "sm_90"; needs NVRTC but no GPU.
+
+    Raises:
+        QcommUnsupportedError: NVRTC is missing, or refuses the source; holds its log.
+    """
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise QcommUnsupportedError(f"compiling kernels needs cuda-core: {error}", phase="jit") from error
+    source = kernels_dir() / f"{spec.file}.cu"
+    options = ProgramOptions(
+        name=source.name,
+        arch=arch,
+        std="c++17",
+        include_path=[str(kernels_dir())],
+        define_macro=[(f"QCOMM_{name}", str(value)) for name, value in spec.constants],
+    )
+    try:
+        return bytes(Program(source.read_text(), "c++", options).compile("cubin").code)
+    except Exception as error:
+        raise QcommUnsupportedError(f"NVRTC could not compile {spec}: {error}", phase="jit") from error
+
+
+def cubin_path(spec: KernelSpec, arch: str) -> pathlib.Path:
+    """Return where the spec's cubin is kept; compiles it if it is not there yet.
+
+    Safe among processes: a cubin is written whole under another name, then renamed.
+    """
+    digest = hashlib.sha256(repr((spec, arch, _sources_digest())).encode()).hexdigest()[:24]
+    path = cache_dir() / f"{spec.name}-{arch}-{digest}.cubin"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cubin = compile_cubin(spec, arch)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    return path
+
+
+class Kernel:
+    """A loaded kernel."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._handle = int(function.kernel.ptr)
+
+    @property
+    def num_registers(self) -> int:
+        """Registers a thread."""
+        return int(self._function.num_regs)
+
+    @property
+    def local_bytes(self) -> int:
+        """Local memory a thread, which is where spilled registers go."""
+        return int(self._function.local_size_bytes)
+
+    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
+        """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
+        from cuda.bindings import driver
+
+        if shared_bytes > _MAX_STATIC_SHARED_BYTES:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        (result,) = driver.cuLaunchKernel(
+            self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+        )
+        if result != driver.CUresult.CUDA_SUCCESS:
+            raise QcommUnsupportedError(f"launching a kernel failed: {result}", phase="launch", seen=result)
+
+
+class KernelLoader:
+    """Loads kernels for one device and remembers them."""
+
+    def __init__(self, arch: str) -> None:
+        self._arch = arch
+        self._kernels: dict[KernelSpec, Kernel] = {}
+
+    def get(self, spec: KernelSpec) -> Kernel:
+        """Return the kernel, compiling and loading it at first use."""
+        kernel = self._kernels.get(spec)
+        if kernel is None:
+            import cupy
+
+            module = cupy.RawModule(path=str(cubin_path(spec, self._arch)))
+            kernel = self._kernels[spec] = Kernel(module.get_function(spec.name))
+        return kernel
+
+
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(kernels_dir().glob("*.cu*")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

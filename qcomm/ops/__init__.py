@@ -1,0 +1,1 @@
+"""Host launchers, one module per operation, named like the kernels they launch."""

@@ -1,0 +1,90 @@
+"""Launch combine: sum and send the experts' rows, receive and add the sums."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from qcomm.formats import Rounding, WireFormat
+from qcomm.handle import DispatchHandle
+from qcomm.jit import KernelSpec
+from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, sender_warps, spec, wire_constants
+from qcomm.records import RecordLayout
+
+_RECV_THREADS = 256
+
+
+class CombineSendParams(ctypes.Structure):
+    """See `CombineSendParams` in kernels/combine.cu."""
+
+    _fields_ = (
+        ("comm", Comm),
+        ("recv_offsets", ctypes.c_uint64),
+        ("record_rows", ctypes.c_uint64),
+        ("record_weights", ctypes.c_uint64),
+        ("record_src_token", ctypes.c_uint64),
+        ("y", ctypes.c_uint64),
+        ("quantizer", Quantizer),
+        ("width", ctypes.c_int32),
+    )
+
+
+class CombineRecvParams(ctypes.Structure):
+    """See `CombineRecvParams` in kernels/combine.cu."""
+
+    _fields_ = (
+        ("comm", Comm),
+        ("send_slot", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("num_tokens", ctypes.c_int32),
+    )
+
+
+def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
+    """Build the spec of `combine_send` or `combine_recv`."""
+    rounding = wire.rounding if name == "combine_send" else Rounding.NEAREST
+    return spec(
+        "combine",
+        name,
+        sizeof_combine_send=ctypes.sizeof(CombineSendParams),
+        sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
+        **wire_constants(WireFormat(wire.kind, rounding=rounding, hadamard=wire.hadamard), hidden),
+    )
+
+
+def launch_send(
+    launcher: Launcher,
+    stream: int,
+    y: torch.Tensor,
+    handle: DispatchHandle,
+    wire: WireFormat,
+    weighted: bool,
+    seed: int,
+) -> None:
+    """Sum each record's rows and send the sum to its token's rank."""
+    hidden = y.shape[-1]
+    params = CombineSendParams(
+        launcher.comm,
+        handle.recv_offsets.data_ptr(),
+        handle.record_rows.data_ptr(),
+        pointer(handle.record_topk_weights if weighted and handle.has_weights else None),
+        handle.record_src_token.data_ptr(),
+        y.data_ptr(),
+        Quantizer.of(wire, seed, 0),
+        handle.record_rows.shape[1],
+    )
+    record_bytes = RecordLayout(wire.kind, hidden).num_bytes
+    warps = sender_warps(record_bytes)
+    kernel = launcher.kernels.get(combine_spec("combine_send", wire, hidden))
+    kernel.launch(2 * launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
+
+
+def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:
+    """Allocate the result, and fill it as sums arrive."""
+    out = torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
+    if handle.num_tokens:
+        params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
+        kernel = launcher.kernels.get(combine_spec("combine_recv", wire, hidden))
+        kernel.launch(launcher.num_sms, _RECV_THREADS, 0, stream, params)
+    return out

@@ -1,0 +1,156 @@
+"""The structures and numbers that host and kernels share; their other half is kernels/layout.cuh and wait.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from qcomm.formats import RECV_LAYOUTS, WIRE_KINDS, Rounding, WireFormat
+from qcomm.jit import Kernel, KernelLoader, KernelSpec
+from qcomm.records import RecordLayout
+
+MAX_RANKS = 16
+MAX_TOPK = 32
+PHASES = ("barrier", "route", "dispatch", "combine")
+TIMEOUT, OVERFLOW, BAD_ROUTE = 1, 2, 3
+
+
+class Report(ctypes.Structure):
+    """See `Report` in kernels/layout.cuh."""
+
+    _fields_ = (
+        ("code", ctypes.c_uint32),
+        ("rank", ctypes.c_int32),
+        ("peer", ctypes.c_int32),
+        ("phase", ctypes.c_int32),
+        ("expected", ctypes.c_int32),
+        ("seen", ctypes.c_int32),
+    )
+
+
+class HostReports(ctypes.Structure):
+    """See `HostReports` in kernels/layout.cuh."""
+
+    _fields_ = (("timeout", Report), ("notice", Report))
+
+
+class State(ctypes.Structure):
+    """See `State` in kernels/layout.cuh."""
+
+    _fields_ = (
+        ("epoch", ctypes.c_uint32),
+        ("timed_out", ctypes.c_uint32),
+        ("route_blocks_done", ctypes.c_uint32),
+        ("place_blocks_done", ctypes.c_uint32),
+        ("bad_token", ctypes.c_int32),
+    )
+
+
+class Comm(ctypes.Structure):
+    """See `Comm` in kernels/layout.cuh."""
+
+    _fields_ = (
+        ("peer", ctypes.c_uint64 * MAX_RANKS),
+        ("state", ctypes.c_uint64),
+        ("reports", ctypes.c_uint64),
+        ("deadline_ns", ctypes.c_uint64),
+        ("barrier_flags", ctypes.c_uint64),
+        ("route_flags", ctypes.c_uint64),
+        ("counts", ctypes.c_uint64),
+        ("metadata", ctypes.c_uint64),
+        ("dispatch_flags", ctypes.c_uint64),
+        ("combine_flags", ctypes.c_uint64),
+        ("dispatch_records", ctypes.c_uint64),
+        ("combine_records", ctypes.c_uint64),
+        ("rank", ctypes.c_int32),
+        ("num_ranks", ctypes.c_int32),
+        ("max_tokens", ctypes.c_int32),
+        ("num_experts", ctypes.c_int32),
+        ("num_local_experts", ctypes.c_int32),
+        ("metadata_words", ctypes.c_int32),
+    )
+
+
+class Quantizer(ctypes.Structure):
+    """See `Quantizer` in kernels/mxfp4.cuh."""
+
+    _fields_ = (
+        ("scale_addend", ctypes.c_uint32),
+        ("seed_low", ctypes.c_uint32),
+        ("seed_high", ctypes.c_uint32),
+        ("subsequence", ctypes.c_uint32),
+    )
+
+    @classmethod
+    def of(cls, wire: WireFormat, seed: int, subsequence: int) -> Quantizer:
+        """Build the quantizer of a wire format."""
+        return cls(wire.scale_rule.addend, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, subsequence)
+
+
+class BarrierParams(ctypes.Structure):
+    """See `BarrierParams` in kernels/barrier.cu."""
+
+    _fields_ = (("comm", Comm),)
+
+
+class Launcher(NamedTuple):
+    """What every launcher needs."""
+
+    kernels: KernelLoader
+    comm: Comm
+    num_sms: int
+
+    def kernel(self, file: str, name: str, **constants: int) -> Kernel:
+        """Return a kernel specialised with the common and the given constants."""
+        return self.kernels.get(spec(file, name, **constants))
+
+
+def spec(file: str, name: str, **constants: int) -> KernelSpec:
+    """Build the spec of a kernel with the constants that every file sees."""
+    common = {
+        "max_ranks": MAX_RANKS,
+        "sizeof_comm": ctypes.sizeof(Comm),
+        "timeout": TIMEOUT,
+        "overflow": OVERFLOW,
+        "bad_route": BAD_ROUTE,
+    }
+    common |= {kind: number for number, kind in enumerate(WIRE_KINDS)}
+    common |= {layout: number for number, layout in enumerate(RECV_LAYOUTS)}
+    common |= {f"phase_{phase}": number for number, phase in enumerate(PHASES)}
+    return KernelSpec.of(file, name, **common, **constants)
+
+
+def wire_constants(wire: WireFormat, hidden: int) -> dict[str, int]:
+    """Return the constants of kernels that read or write records."""
+    layout = RecordLayout(wire.kind, hidden)
+    return {
+        "hidden": hidden,
+        "wire": WIRE_KINDS.index(wire.kind),
+        "hadamard": wire.hadamard,
+        "stochastic": wire.rounding is Rounding.STOCHASTIC,
+        "record_bytes": layout.num_bytes,
+        "scale_offset": layout.data_bytes,
+    }
+
+
+def pointer(x: torch.Tensor | None) -> int:
+    """Return a tensor's address, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def barrier_spec() -> KernelSpec:
+    """Build the spec of the barrier kernel."""
+    return spec("barrier", "barrier")
+
+
+def launch_barrier(launcher: Launcher, stream: int) -> None:
+    """Start a call that needs no routing."""
+    params = BarrierParams(launcher.comm)
+    launcher.kernels.get(barrier_spec()).launch(1, 32, 0, stream, params)
+
+
+def sender_warps(record_bytes: int, budget_bytes: int = 64 * 1024, most: int = 8) -> int:
+    """Return the warps of a sending block: two record stages a warp, within a shared-memory budget."""
+    return max(1, min(most, budget_bytes // (2 * record_bytes)))

@@ -1,0 +1,164 @@
+"""Launch dispatch: encode and send tokens, receive and convert them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from qcomm.exchange import DispatchOptions, Payload, WireInput
+from qcomm.formats import FP8_GROUP_SIZE, WIRE_KINDS, Rounding, WireFormat
+from qcomm.handle import DispatchHandle
+from qcomm.jit import KernelSpec
+from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, sender_warps, spec, wire_constants
+from qcomm.records import RecordLayout
+from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
+
+_RECV_THREADS = 256
+_RECV_BLOCKS_PER_SM = 2
+
+
+class DispatchSendParams(ctypes.Structure):
+    """See `DispatchSendParams` in kernels/dispatch_send.cu."""
+
+    _fields_ = (
+        ("comm", Comm),
+        ("x", ctypes.c_uint64),
+        ("sf", ctypes.c_uint64),
+        ("send_slot", ctypes.c_uint64),
+        ("sf_row_stride", ctypes.c_int64),
+        ("sf_group_stride", ctypes.c_int64),
+        ("quantizer", Quantizer),
+        ("num_tokens", ctypes.c_int32),
+    )
+
+
+class DispatchRecvParams(ctypes.Structure):
+    """See `DispatchRecvParams` in kernels/dispatch_recv.cuh."""
+
+    _fields_ = (
+        ("comm", Comm),
+        ("recv_offsets", ctypes.c_uint64),
+        ("record_rows", ctypes.c_uint64),
+        ("row_record", ctypes.c_uint64),
+        ("group_offsets", ctypes.c_uint64),
+        ("x", ctypes.c_uint64),
+        ("sf", ctypes.c_uint64),
+        ("overflows", ctypes.c_uint64),
+        ("x_columnwise", ctypes.c_uint64),
+        ("sf_columnwise", ctypes.c_uint64),
+        ("sf_expert_stride", ctypes.c_int64),
+        ("sf_row_stride", ctypes.c_int64),
+        ("sf_group_stride", ctypes.c_int64),
+        ("quantizer", Quantizer),
+        ("width", ctypes.c_int32),
+        ("rows_per_expert", ctypes.c_int32),
+    )
+
+
+def send_spec(input_kind: str, wire: WireFormat, hidden: int) -> KernelSpec:
+    """Build the spec of `dispatch_send` for an input of kind bf16, fp8 or mxfp4."""
+    return spec(
+        "dispatch_send",
+        "dispatch_send",
+        input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
+        sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
+        **wire_constants(wire, hidden),
+    )
+
+
+def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) -> KernelSpec:
+    """Build the spec of the receive kernel."""
+    name = "dispatch_recv_columnwise" if columnwise else "dispatch_recv"
+    return spec(
+        name,
+        name,
+        recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
+        sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
+        **wire_constants(wire, hidden),
+    )
+
+
+def launch_send(
+    launcher: Launcher, stream: int, x: WireInput, send_slot: torch.Tensor, wire: WireFormat, seed: int
+) -> None:
+    """Encode every token and copy its record to its ranks."""
+    num_tokens, hidden = x.shape
+    if not num_tokens:
+        return
+    data, sf, kind = x, None, "bf16"
+    if isinstance(x, FP8Tensor):
+        data, sf, kind = x.data, x.sf, "fp8"
+    elif isinstance(x, MXFP4Tensor):
+        data, sf, kind = x.qdata, x.sf, "mxfp4"
+    assert isinstance(data, torch.Tensor)
+    strides = (sf.stride(0), sf.stride(1)) if sf is not None else (0, 0)
+    params = DispatchSendParams(
+        launcher.comm,
+        data.data_ptr(),
+        pointer(sf),
+        send_slot.data_ptr(),
+        *strides,
+        Quantizer.of(wire, seed, launcher.comm.rank),
+        num_tokens,
+    )
+    record_bytes = RecordLayout(wire.kind, hidden).num_bytes
+    warps = sender_warps(record_bytes)
+    kernel = launcher.kernels.get(send_spec(kind, _encoding(wire, kind), hidden))
+    kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
+
+
+def launch_recv(
+    launcher: Launcher, stream: int, handle: DispatchHandle, options: DispatchOptions, hidden: int
+) -> Payload:
+    """Allocate the received rows, and fill them as records arrive."""
+    rows, groups, device = handle.num_rows, hidden // FP8_GROUP_SIZE, handle.send_slot.device
+    sf: torch.Tensor | None = None
+    x_columnwise = sf_columnwise = None
+    sf_strides = (0, 0, 0)
+    if options.recv_dtype == "bf16":
+        x = torch.empty(rows, hidden, dtype=torch.bfloat16, device=device)
+    elif options.recv_dtype == "mxfp4":
+        x = torch.empty(rows, hidden // 2, dtype=torch.uint8, device=device)
+        sf = torch.empty(rows, hidden // 32, dtype=torch.uint8, device=device)
+    else:
+        x = torch.empty(rows, hidden, dtype=torch.float8_e4m3fn, device=device)
+        sf = empty_scales(rows, groups, options.sf_layout, device)
+        sf_strides = (handle.rows_per_expert * sf.stride(0), sf.stride(0), sf.stride(1))
+    if options.columnwise:
+        x_columnwise = torch.empty(rows * hidden, dtype=torch.float8_e4m3fn, device=device)
+        sf_columnwise = torch.empty(rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
+    overflows = torch.zeros(2, dtype=torch.int64, device=device)
+    params = DispatchRecvParams(
+        launcher.comm,
+        handle.recv_offsets.data_ptr(),
+        handle.record_rows.data_ptr(),
+        handle.row_record.data_ptr(),
+        pointer(handle.group_offsets),
+        x.data_ptr(),
+        pointer(sf),
+        overflows.data_ptr(),
+        pointer(x_columnwise),
+        pointer(sf_columnwise),
+        *sf_strides,
+        Quantizer.of(WireFormat("mxfp4"), 0, 0),
+        handle.record_rows.shape[1],
+        handle.rows_per_expert,
+    )
+    kernel = launcher.kernels.get(recv_spec(options.recv_dtype, options.columnwise, _decoding(options.wire), hidden))
+    kernel.launch(_RECV_BLOCKS_PER_SM * launcher.num_sms, _RECV_THREADS, 0, stream, params)
+    return Payload(x, sf, x_columnwise, sf_columnwise, overflows)
+
+
+def _encoding(wire: WireFormat, input_kind: str) -> WireFormat:
+    """Drop the options that do not change the sending kernel; the scale rule is a parameter."""
+    if input_kind == "mxfp4" or wire.kind != "mxfp4":
+        return WireFormat(wire.kind)
+    return WireFormat("mxfp4", rounding=wire.rounding, hadamard=wire.hadamard)
+
+
+def _decoding(wire: WireFormat) -> WireFormat:
+    """Drop the options that do not change the receiving kernel."""
+    return WireFormat(wire.kind, rounding=Rounding.NEAREST, hadamard=wire.hadamard)
+
+
