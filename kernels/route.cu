@@ -362,8 +362,8 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
                 }
             }
             if (threadIdx.x == 0 && p.host != nullptr) {
-                p.host[1] = bad_rank;
-                p.host[2] = bad_token;
+                p.host[QCOMM_HOST_BAD_RANK] = bad_rank;
+                p.host[QCOMM_HOST_BAD_TOKEN] = bad_token;
             }
         }
     }
@@ -372,6 +372,7 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
     if (threadIdx.x == 0) {
         __threadfence_system();
         if (p.host != nullptr && blockIdx.x == 0) {
+            p.host[QCOMM_HOST_READY] = ready;
             store_release_sys(reinterpret_cast<uint32_t*>(p.host), p.host_sequence);
         }
         if (atomicAdd(&comm.state->place_blocks_done, 1u) == gridDim.x - 1) {

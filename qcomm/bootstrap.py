@@ -21,13 +21,16 @@ class Launch:
     Attributes:
         launcher: "torchrun", "mpirun" or "single".
         rank, num_ranks: in the job.
-        local_rank: on this host.
+        local_rank, num_local_ranks: on this host.
+        device: where this rank's tensors go.
     """
 
     launcher: str
     rank: int
     num_ranks: int
     local_rank: int
+    num_local_ranks: int
+    device: torch.device
 
 
 def find_launcher(environ: Mapping[str, str]) -> str:
@@ -53,15 +56,16 @@ def process_group(*, use_cuda: bool | None = None) -> Iterator[Launch]:
         How this process was started.
     """
     launch, address = _launch()
-    cuda = torch.cuda.device_count() > launch.local_rank if use_cuda is None else use_cuda
+    cuda = torch.cuda.device_count() >= launch.num_local_ranks if use_cuda is None else use_cuda
     if cuda:
-        torch.cuda.set_device(launch.local_rank)
+        launch = dataclasses.replace(launch, device=torch.device("cuda", launch.local_rank))
+        torch.cuda.set_device(launch.device)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=address,
         rank=launch.rank,
         world_size=launch.num_ranks,
-        device_id=torch.device("cuda", launch.local_rank) if cuda else None,
+        device_id=launch.device if cuda else None,
     )
     try:
         yield launch
@@ -70,12 +74,14 @@ def process_group(*, use_cuda: bool | None = None) -> Iterator[Launch]:
 
 
 def _launch() -> tuple[Launch, str]:
-    launcher = find_launcher(os.environ)
+    launcher, cpu = find_launcher(os.environ), torch.device("cpu")
     if launcher == "torchrun":
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return Launch(launcher, rank, size, int(os.environ.get("LOCAL_RANK", rank))), "env://"
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return Launch(launcher, rank, size, local_rank, local_size, cpu), "env://"
     if launcher == "single":
-        return Launch(launcher, 0, 1, 0), f"tcp://127.0.0.1:{_free_port()}"
+        return Launch(launcher, 0, 1, 0, 1, cpu), f"tcp://127.0.0.1:{_free_port()}"
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -83,7 +89,7 @@ def _launch() -> tuple[Launch, str]:
     hosts = set(world.allgather(socket.gethostname()))
     host = "127.0.0.1" if len(hosts) == 1 else socket.gethostname()
     address = world.bcast(f"tcp://{host}:{_free_port()}" if world.rank == 0 else None)
-    return Launch(launcher, world.rank, world.size, local.rank), address
+    return Launch(launcher, world.rank, world.size, local.rank, local.size, cpu), address
 
 
 def _free_port() -> int:

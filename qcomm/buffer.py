@@ -239,7 +239,11 @@ class Buffer:
             if topk_idx is None:
                 raise ValueError("topk_idx must be given unless handle is, got None")
             num_tokens = self._check_routing(x, topk_idx, topk_weights)
-            layout, align, fixed = recv_layout or "expert_major", 128 if alignment is None else alignment, bool(static)
+            layout, align, fixed = (
+                recv_layout or "expert_major",
+                128 if alignment is None else alignment,
+                bool(static),
+            )
         else:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights must be None with a handle, got tensors")
@@ -252,7 +256,12 @@ class Buffer:
             ):
                 if given is not None and given != held:
                     raise ValueError(f"{name} must be the handle's, {held}, got {given}")
-            num_tokens, layout, align, fixed = handle.num_tokens, handle.recv_layout, handle.alignment, handle.static
+            num_tokens, layout, align, fixed = (
+                handle.num_tokens,
+                handle.recv_layout,
+                handle.alignment,
+                handle.static,
+            )
         if recv_dtype is None:
             recv_dtype = "bf16" if wire.kind == "bf16" else "fp8"
         options = DispatchOptions(
@@ -337,12 +346,10 @@ class Buffer:
         self._check_handle(handle)
         if handle.recv_layout == "token_major" and weighted:
             raise ValueError("weighted must be False with recv_layout 'token_major', whose rows are sums, got True")
-        rows = (self.num_local_experts, handle.rows_per_expert) if handle.rows_per_expert else (handle.num_rows,)
+        rows: tuple[int, ...] = (handle.num_rows,)
         if handle.recv_layout == "batched":
             rows = (self.num_local_experts, handle.rows_per_expert)
-        validate.tensor(
-            "y", y, shape=(*rows, self._config.hidden), dtypes=(torch.bfloat16,), device=self.device
-        )
+        validate.tensor("y", y, shape=(*rows, self._config.hidden), dtypes=(torch.bfloat16,), device=self.device)
         wire = self._config.precision.leg("combine", backward)
         out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
         return (out, event) if async_op else out
@@ -379,14 +386,16 @@ class Buffer:
 
     def __del__(self) -> None:
         if getattr(self, "_transport", None) is not None:
-            warnings.warn("a qcomm.Buffer was not destroyed; use it as a context manager", ResourceWarning, stacklevel=1)
+            warnings.warn(
+                "a qcomm.Buffer was not destroyed; use it as a context manager", ResourceWarning, stacklevel=1
+            )
 
     def _live(self) -> Transport:
         if self._transport is None:
             raise QcommError("the buffer was destroyed", rank=self._member.rank, phase="buffer.use")
         return self._transport
 
-    def _check_handle(self, handle: DispatchHandle) -> None:
+    def _check_handle(self, handle: object) -> None:
         if not isinstance(handle, DispatchHandle):
             raise TypeError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
         if handle.owner.buffer != self._owner.buffer:
@@ -405,8 +414,8 @@ class Buffer:
                 f"got {num_tokens}"
             )
         if topk_weights is not None:
-            shape = (num_tokens, config.num_topk)
-            validate.tensor("topk_weights", topk_weights, shape=shape, dtypes=(torch.float32,), device=self.device)
+            full = (num_tokens, config.num_topk)
+            validate.tensor("topk_weights", topk_weights, shape=full, dtypes=(torch.float32,), device=self.device)
         return num_tokens
 
 
@@ -428,7 +437,9 @@ def _check_options(options: DispatchOptions) -> None:
                 f"got {options.recv_layout!r} and {options.recv_dtype!r}"
             )
         if options.alignment % FP8_GROUP_SIZE:
-            raise ValueError(f"alignment must be a multiple of {FP8_GROUP_SIZE} for columnwise, got {options.alignment}")
+            raise ValueError(
+                f"alignment must be a multiple of {FP8_GROUP_SIZE} for columnwise, got {options.alignment}"
+            )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -27,25 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments after the program's name; None takes them from sys.argv.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m qcomm", description="Quantized MoE dispatch and combine."
-    )
+    parser = argparse.ArgumentParser(prog="python -m qcomm", description="Quantized MoE dispatch and combine.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="say what this machine has and which backend it would take")
     info.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
 
-    demo = commands.add_parser(
-        "demo", help="run an MoE layer on real text, once per wire; start it with mpirun"
-    )
+    demo = commands.add_parser("demo", help="run an MoE layer on real text, once per wire; start it with mpirun")
     for flag, what in _SIZES:
         demo.add_argument(f"--{flag}", type=int, metavar="N", help=f"{what} (default: by device)")
 
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME")
-    bench.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark"
-    )
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark")
 
     options = parser.parse_args(argv)
     if options.command == "info":
@@ -67,9 +61,7 @@ def _bench(name: str | None, arguments: list[str]) -> int:
     except QcommError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    scripts = {
-        path.stem.removeprefix(_BENCH_PREFIX): path for path in sorted(folder.glob(f"{_BENCH_PREFIX}*.py"))
-    }
+    scripts = {path.stem.removeprefix(_BENCH_PREFIX): path for path in sorted(folder.glob(f"{_BENCH_PREFIX}*.py"))}
     if name is None or name not in scripts:
         what = "bench needs a NAME" if name is None else f"NAME must be a benchmark in {folder}, got {name!r}"
         sys.stderr.write(f"{what}; there are: {', '.join(scripts) or 'none'}\n")

@@ -68,3 +68,8 @@ def agree(config: BufferConfig, member: Member) -> None:
             differing.append(f"{column[0][0]} must be the same on every rank, got {each}")
     if differing:
         raise QcommConfigError("; ".join(differing), rank=member.rank, phase="buffer.create")
+
+
+def synchronize_hosts(member: Member) -> None:
+    """Wait until every rank of the group has come here. Collective."""
+    dist.all_gather_object([None] * member.num_ranks, None, group=member.group)

@@ -71,7 +71,7 @@ def run(chosen: Mapping[str, int | None]) -> None:
         chosen: sizes by their names in Sizes; those absent or None suit the device.
     """
     with process_group() as launch:
-        device = _device(launch)
+        device = launch.device
         if device.type == "cpu":
             torch.set_num_threads(1)
         sizes = dataclasses.replace(
@@ -128,13 +128,6 @@ def tokens_of(rank: int, num_ranks: int, most: int) -> int:
     return most - rank * most // (2 * num_ranks)
 
 
-def _device(launch: Launch) -> torch.device:
-    """Return the device of the process group's rank."""
-    if torch.cuda.device_count() > launch.local_rank:
-        return torch.device("cuda", launch.local_rank)
-    return torch.device("cpu")
-
-
 def _run(sizes: Sizes, launch: Launch, device: torch.device) -> str:
     rank, num_ranks = launch.rank, launch.num_ranks
     config = MoEConfig(
@@ -174,9 +167,7 @@ def _run(sizes: Sizes, launch: Launch, device: torch.device) -> str:
     return f"{title}\n\n{format_table(_HEADERS, rows)}\n\n{backend}"
 
 
-def _measure(
-    layer: MoELayer, x: torch.Tensor, expected: torch.Tensor, buffer: Buffer, wire: WireKind
-) -> _Measured:
+def _measure(layer: MoELayer, x: torch.Tensor, expected: torch.Tensor, buffer: Buffer, wire: WireKind) -> _Measured:
     topk_idx, topk_weights = layer.router(x)
     recv, handle = buffer.dispatch(x, topk_idx, topk_weights)
     y = layer.experts(recv)

@@ -11,11 +11,8 @@ import torch
 
 from qcomm import reference
 from qcomm.formats import (
-
-
     RecvDtype,
     RecvLayout,
-
     ScaleLayout,
     WireFormat,
 )
@@ -127,7 +124,13 @@ def tokens_by_slot(send_slot: torch.Tensor, num_slots: int) -> torch.Tensor:
     return tokens.scatter_(1, slots.t(), source)[:, :num_slots]
 
 
-def metadata(routing: Routing, topk_weights: torch.Tensor | None, tokens: torch.Tensor, rank: int, num_local_experts: int) -> torch.Tensor:
+def metadata(
+    routing: Routing,
+    topk_weights: torch.Tensor | None,
+    tokens: torch.Tensor,
+    rank: int,
+    num_local_experts: int,
+) -> torch.Tensor:
     """Build the metadata words of the given tokens' records for one destination rank; all -1 for token -1."""
     layout = MetadataLayout(routing.topk_idx.shape[1])
     words = torch.full((len(tokens), layout.num_words), -1, dtype=torch.int32, device=tokens.device)
@@ -138,10 +141,7 @@ def metadata(routing: Routing, topk_weights: torch.Tensor | None, tokens: torch.
     words[:, 0] = tokens.to(torch.int32)
     words[:, layout.expert] = torch.where(local, idx - rank * num_local_experts, -1).to(torch.int32)
     words[:, layout.ordinal] = torch.where(local, routing.ordinal[tokens], 0).to(torch.int32)
-    if topk_weights is None:
-        weights = local.to(torch.float32)
-    else:
-        weights = torch.where(local, topk_weights[tokens], 0.0)
+    weights = local.to(torch.float32) if topk_weights is None else torch.where(local, topk_weights[tokens], 0.0)
     words[:, layout.weight] = weights.view(torch.int32)
     return torch.where(tokens[:, None] >= 0, words, -1)
 
@@ -158,7 +158,8 @@ def place(
     """Assign rows to records: by expert, then source rank, then source token.
 
     Args:
-        words: `[records, num_words]` int32 metadata with `num_topk` entries; records that hold no token have experts of -1.
+        words: `[records, num_words]` int32 metadata; records that hold no token have experts of -1.
+        num_topk: entries in the metadata.
         record_src: `[records]` int64 source rank, -1 for no token.
         counts: `[num_ranks, num_local_experts]` int64 tokens from each rank for each local expert.
         options: the call's options.
@@ -179,7 +180,9 @@ def place(
             starts = torch.arange(len(totals) + 1, device=device) * rows_per_expert
             limit, needed = starts[1:], totals.max()
         else:
-            padded = torch.div(totals + options.alignment - 1, options.alignment, rounding_mode="floor") * options.alignment
+            padded = (
+                torch.div(totals + options.alignment - 1, options.alignment, rounding_mode="floor") * options.alignment
+            )
             starts = torch.cat((padded.new_zeros(1), padded.cumsum(0)))
             limit, needed = torch.full_like(totals, num_rows), starts[-1]
         before = counts.cumsum(0) - counts
@@ -213,14 +216,20 @@ def place(
 
 
 def encode_wire(
-    x: WireInput, wire: WireFormat, seed: int = 0, subsequence: int | torch.Tensor = 0, rows: torch.Tensor | None = None
+    x: WireInput,
+    wire: WireFormat,
+    seed: int = 0,
+    subsequence: int | torch.Tensor = 0,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Encode rows as records of the wire format.
 
     Args:
         x: `[num_tokens, hidden]` bfloat16 or float32, or quantized for its own wire, or FP8Tensor for mxfp4.
         wire: the format.
-        seed, subsequence, rows: as for `reference.quantize_mxfp4`.
+        seed: as for `reference.quantize_mxfp4`, and so are the next two.
+        subsequence: keeps users of one seed apart.
+        rows: row numbers for the random bits.
 
     Returns:
         `[num_tokens, RecordLayout.num_bytes]` uint8.
@@ -241,7 +250,13 @@ def encode_wire(
         data, sf = x.qdata, x.sf
     else:
         packed = reference.quantize_mxfp4(
-            x, wire.scale_rule, wire.rounding, seed=seed, subsequence=subsequence, rows=rows, hadamard=wire.hadamard
+            x,
+            wire.scale_rule,
+            wire.rounding,
+            seed=seed,
+            subsequence=subsequence,
+            rows=rows,
+            hadamard=wire.hadamard,
         )
         data, sf = packed.qdata, packed.sf
     records[:, : layout.data_bytes] = _bytes(data)
@@ -354,7 +369,9 @@ def combine_subsequence(source: torch.Tensor, rank: int, num_ranks: int) -> torc
     return num_ranks * (1 + source) + rank
 
 
-def worst_case_rows(options: DispatchOptions, num_records: int, num_topk: int, num_local_experts: int) -> tuple[int, int]:
+def worst_case_rows(
+    options: DispatchOptions, num_records: int, num_topk: int, num_local_experts: int
+) -> tuple[int, int]:
     """Return the rows a static receive may need with `num_records` arriving tokens, and the rows per expert."""
     if options.recv_layout == "token_major":
         return options.capacity if options.capacity is not None else num_records, 0
@@ -379,16 +396,22 @@ def exact_rows(options: DispatchOptions, num_records: int, tokens_per_expert: tu
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    # By way of one dimension: torch views no other type where the last of several has an odd stride, as with one column.
-    return x.contiguous().flatten().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.element_size())
+    # A contiguous tensor of one column or no row may have odd strides, through which torch views no other type.
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def _convert(held: WireInput, options: DispatchOptions, none: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def _convert(
+    held: WireInput, options: DispatchOptions, none: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     overflows = none
     if options.recv_dtype == "bf16":
         if isinstance(held, MXFP4Tensor):
             return reference.dequantize_mxfp4(held, torch.bfloat16), None, none
-        return (reference.dequantize_fp8(held, torch.bfloat16) if isinstance(held, FP8Tensor) else held), None, none
+        return (
+            (reference.dequantize_fp8(held, torch.bfloat16) if isinstance(held, FP8Tensor) else held),
+            None,
+            none,
+        )
     if options.recv_dtype == "mxfp4":
         packed = held if isinstance(held, MXFP4Tensor) else reference.quantize_mxfp4(held)
         return packed.qdata, packed.sf, none
@@ -396,8 +419,6 @@ def _convert(held: WireInput, options: DispatchOptions, none: torch.Tensor) -> t
         fp8, overflows = reference.mxfp4_to_fp8(held)
     else:
         fp8 = held if isinstance(held, FP8Tensor) else reference.quantize_fp8(held)
-    sf = empty_scales(*fp8.sf.shape, options.sf_layout, fp8.sf.device)
+    sf = empty_scales(fp8.sf.shape[0], fp8.sf.shape[1], options.sf_layout, fp8.sf.device)
     sf.copy_(fp8.sf)
     return fp8.data, sf, overflows
-
-

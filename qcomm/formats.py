@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Literal
+from typing import Literal, cast
 
 BLOCK_SIZE = 32
 """Elements under one E8M0 scale."""
@@ -140,7 +140,7 @@ class WirePrecision:
         for field in dataclasses.fields(self):
             leg = getattr(self, field.name)
             if isinstance(leg, str):
-                object.__setattr__(self, field.name, WireFormat(leg))
+                object.__setattr__(self, field.name, WireFormat(cast(WireKind, leg)))
             elif not isinstance(leg, WireFormat):
                 raise TypeError(f"{field.name} must be a WireFormat or a str, got {type(leg).__name__}")
 

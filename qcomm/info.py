@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -50,9 +51,8 @@ def show(*, as_json: bool = False) -> None:
 def rows() -> list[Row]:
     """Look at everything there is; never raises."""
     items: list[tuple[str, Callable[[], Row]]] = [("qcomm", _qcomm), ("python", _python), ("torch", _torch)]
-    items += [(f"GPU {index}", lambda index=index: _gpu(index)) for index in range(_num_gpus())] or [
-        ("GPU", _no_gpu)
-    ]
+    gpus = [(f"GPU {index}", functools.partial(_gpu, index)) for index in range(_num_gpus())]
+    items += gpus or [("GPU", _no_gpu)]
     items += [
         ("peer access", _peer_access),
         ("NVLink", _nvlink),
@@ -104,9 +104,7 @@ def _num_gpus() -> int:
 
 
 def _no_gpu() -> Row:
-    return Row(
-        "GPU", NONE, "torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-    )
+    return Row("GPU", NONE, "torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU")
 
 
 def _gpu(index: int) -> Row:
@@ -117,8 +115,9 @@ def _gpu(index: int) -> Row:
         verdict = "supported"
     except QcommUnsupportedError as error:
         verdict = f"not supported: {error}"
-    facts = f"compute capability {capability[0]}.{capability[1]}, {properties.total_memory / 2**30:.1f} GiB, {verdict}"
-    return Row(f"GPU {index}", properties.name, facts)
+    memory = f"{properties.total_memory / 2**30:.1f} GiB"
+    note = f"compute capability {capability[0]}.{capability[1]}, {memory}, {verdict}"
+    return Row(f"GPU {index}", properties.name, note)
 
 
 def _peer_access() -> Row:
@@ -126,9 +125,7 @@ def _peer_access() -> Row:
     if not pairs:
         return Row("peer access", NONE, "fewer than two GPUs")
     able = [
-        (a, b)
-        for a, b in pairs
-        if torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)
+        (a, b) for a, b in pairs if torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)
     ]
     return Row("peer access", *_describe_pairs(able, pairs))
 
@@ -151,7 +148,7 @@ def parse_topology(text: str) -> dict[tuple[int, int], str]:
     lines = [_ANSI_STYLE.sub("", line).split() for line in text.splitlines()]
     columns = next((line for line in lines if line[:1] == ["GPU0"] and "X" not in line), [])
     gpus = [int(name.removeprefix("GPU")) for name in columns if re.fullmatch(r"GPU\d+", name)]
-    links = {}
+    links: dict[tuple[int, int], str] = {}
     for cells in lines:
         if len(cells) > len(gpus) and re.fullmatch(r"GPU\d+", cells[0]) and cells != columns:
             row = int(cells[0].removeprefix("GPU"))
@@ -181,9 +178,7 @@ def _nvshmem_host() -> Row:
         return Row("NVSHMEM host library", NONE, "nvidia-nvshmem-cu13 is not installed")
     name, version = package
     library = _file_of(name, "libnvshmem_host.so")
-    return Row(
-        "NVSHMEM host library", version, f"{name}, {library or 'libnvshmem_host.so is missing from it'}"
-    )
+    return Row("NVSHMEM host library", version, f"{name}, {library or 'libnvshmem_host.so is missing from it'}")
 
 
 def _nvshmem_headers() -> Row:
@@ -231,9 +226,7 @@ def _mpi_library() -> Row:
         [sys.executable, "-c", _MPI_LIBRARY], env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S
     )
     if done.returncode:
-        return Row(
-            name, NONE, f"mpi4py cannot load one: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
+        return Row(name, NONE, f"mpi4py cannot load one: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     version, _, rest = done.stdout.strip().rstrip("\x00").partition(",")
     return Row(name, version, rest.strip())
 
@@ -273,9 +266,7 @@ def _nvrtc() -> Row:
 def _nvcc() -> Row:
     homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
     places = [str(Path(home) / "bin") for home in homes if home]
-    path = shutil.which("nvcc") or shutil.which(
-        "nvcc", path=os.pathsep.join([*places, "/usr/local/cuda/bin"])
-    )
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join([*places, "/usr/local/cuda/bin"]))
     return Row("nvcc", path or NONE, "" if path else "not needed: NVRTC compiles the kernels")
 
 
@@ -292,8 +283,7 @@ def _backend() -> Row:
     device = torch.device("cuda", torch.cuda.current_device()) if _num_gpus() else torch.device("cpu")
     capability = local_capability(device)
     backend = "nvlink" if capability.supported else "collective"
-    providers = f"; symmetric memory: {', '.join(capability.providers)}" if capability.providers else ""
-    return Row("backend", backend, f"auto takes {backend}: {capability.reason}{providers}")
+    return Row("backend", backend, f"auto takes {backend}: {capability.reason}")
 
 
 def _package_row(name: str, *packages: str) -> Row:

@@ -19,6 +19,7 @@ from qcomm.errors import QcommUnsupportedError
 
 CACHE_VARIABLE = "QCOMM_CACHE_DIR"
 _MAX_STATIC_SHARED_BYTES = 48 * 1024
+_MAX_CARVEOUT = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +96,15 @@ def cubin_path(spec: KernelSpec, arch: str) -> pathlib.Path:
 
 
 class Kernel:
-    """A loaded kernel."""
+    """A loaded kernel.
+
+    All kernels ask for the largest shared-memory carveout. An SM changes its carveout only when it is empty: a kernel
+    that waits for another one's sends, running under a small carveout, would keep that one out for good.
+    """
 
     def __init__(self, function: Any) -> None:
         self._function = function
+        function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
 
     @property

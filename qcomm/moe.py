@@ -50,9 +50,7 @@ class MoEConfig:
         for name in ("intermediate", "num_experts", "num_topk", "num_groups", "num_topk_groups"):
             validate.positive(name, getattr(self, name))
         if self.num_experts % self.num_groups:
-            raise ValueError(
-                f"num_experts must be a multiple of the {self.num_groups} groups, got {self.num_experts}"
-            )
+            raise ValueError(f"num_experts must be a multiple of the {self.num_groups} groups, got {self.num_experts}")
         if self.num_topk_groups > self.num_groups:
             raise ValueError(
                 f"num_topk_groups must be at most num_groups = {self.num_groups}, got {self.num_topk_groups}"
@@ -60,8 +58,7 @@ class MoEConfig:
         reachable = self.num_experts // self.num_groups * self.num_topk_groups
         if self.num_topk > reachable:
             raise ValueError(
-                f"num_topk must be at most the {reachable} experts in num_topk_groups groups, "
-                f"got {self.num_topk}"
+                f"num_topk must be at most the {reachable} experts in num_topk_groups groups, got {self.num_topk}"
             )
         if self.shared_intermediate < 0:
             raise ValueError(f"shared_intermediate must not be negative, got {self.shared_intermediate}")
@@ -100,9 +97,7 @@ class Router(nn.Module):
         scores = torch.sigmoid(F.linear(x.to(torch.float32), self.weight))
         topk_idx = self._select(scores.detach() + self.bias)
         weights = scores.gather(1, topk_idx)
-        weights = (
-            weights / (weights.sum(1, keepdim=True) + _MIN_WEIGHT_SUM) * self._config.routed_scaling_factor
-        )
+        weights = weights / (weights.sum(1, keepdim=True) + _MIN_WEIGHT_SUM) * self._config.routed_scaling_factor
         return topk_idx, weights
 
     @torch.no_grad()
@@ -155,12 +150,8 @@ class Experts(nn.Module):
         gate_up, down = [], []
         for expert in range(first, first + count):
             generator = _generator(seed, 2 + expert, device)
-            gate_up.append(
-                _normal((2 * config.intermediate, config.hidden), config.hidden, generator, torch.bfloat16)
-            )
-            down.append(
-                _normal((config.hidden, config.intermediate), config.intermediate, generator, torch.bfloat16)
-            )
+            gate_up.append(_normal((2 * config.intermediate, config.hidden), config.hidden, generator, torch.bfloat16))
+            down.append(_normal((config.hidden, config.intermediate), config.intermediate, generator, torch.bfloat16))
         self.gate_up = nn.Parameter(torch.stack(gate_up))
         self.down = nn.Parameter(torch.stack(down))
 
@@ -199,9 +190,7 @@ class SharedExpert(nn.Module):
     def __init__(self, config: MoEConfig, *, seed: int = 0, device: torch.device | str | None = None) -> None:
         super().__init__()
         width, generator = config.shared_intermediate, _generator(seed, 1, device)
-        self.gate_up = nn.Parameter(
-            _normal((2 * width, config.hidden), config.hidden, generator, torch.bfloat16)
-        )
+        self.gate_up = nn.Parameter(_normal((2 * width, config.hidden), config.hidden, generator, torch.bfloat16))
         self.down = nn.Parameter(_normal((config.hidden, width), width, generator, torch.bfloat16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -235,9 +224,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         if config.num_experts % num_ranks:
-            raise ValueError(
-                f"num_experts must be a multiple of the {num_ranks} ranks, got {config.num_experts}"
-            )
+            raise ValueError(f"num_experts must be a multiple of the {num_ranks} ranks, got {config.num_experts}")
         self.config = config
         count = config.num_experts // num_ranks
         self.router = Router(config, seed=seed, device=device)

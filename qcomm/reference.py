@@ -7,6 +7,7 @@ operations. The CUDA kernels must give the same bits.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -127,8 +128,9 @@ def quantize_mxfp4(
             quantized, rounded once. K is a multiple of 32.
         scale_rule: how the block maximum picks the scale.
         rounding: element rounding.
-        seed, subsequence, rows: position of the random bits of stochastic rounding (`random_bits16`); rows
-            defaults to 0, 1, 2, ...
+        seed: of the random bits of stochastic rounding (`random_bits16`).
+        subsequence: keeps independent users of one seed apart.
+        rows: row numbers for the random bits; None is 0, 1, 2, ...
         hadamard: rotate each block first (in float32).
 
     Returns:
@@ -241,7 +243,9 @@ def mxfp4_to_fp8(x: MXFP4Tensor) -> tuple[FP8Tensor, torch.Tensor]:
     return FP8Tensor(data, scale[..., ::per_group].contiguous()), overflows
 
 
-def mxfp4_to_fp8_columnwise(x: MXFP4Tensor, group_offsets: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mxfp4_to_fp8_columnwise(
+    x: MXFP4Tensor, group_offsets: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Convert to transposed E4M3 blocks, one per group of rows, with 128x1 scales, by exponent alignment.
 
     The alignment of `mxfp4_to_fp8`, with the 128 blocks of one column of blocks in a 128-row tile under one scale.
@@ -262,7 +266,10 @@ def mxfp4_to_fp8_columnwise(x: MXFP4Tensor, group_offsets: list[int]) -> tuple[t
     total = group_offsets[-1]
     x = MXFP4Tensor(x.qdata[:total], x.sf[:total], x.hadamard)
     if x.hadamard:
-        return (*quantize_fp8_columnwise(dequantize_mxfp4(x), group_offsets), torch.zeros_like(x.sf, dtype=torch.int64).sum())
+        return (
+            *quantize_fp8_columnwise(dequantize_mxfp4(x), group_offsets),
+            torch.zeros_like(x.sf, dtype=torch.int64).sum(),
+        )
     tiles = (-1, FP8_GROUP_SIZE)
     sf = x.sf.to(torch.int64).unflatten(0, tiles)
     top = torch.where(_counts_for_alignment(x).unflatten(0, tiles), sf, 0).amax(1)
@@ -320,7 +327,7 @@ def _mantissa_exponent(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _round_e2m1(scaled: torch.Tensor) -> torch.Tensor:
     """Return the magnitude code nearest to each non-negative value; ties go to the even code."""
     codes = torch.zeros_like(scaled, dtype=torch.int64)
-    for code, (low, high) in enumerate(zip(E2M1_MAGNITUDES[:-1], E2M1_MAGNITUDES[1:], strict=True)):
+    for code, (low, high) in enumerate(itertools.pairwise(E2M1_MAGNITUDES)):
         middle = (low + high) / 2
         codes += (scaled > middle if code % 2 == 0 else scaled >= middle).to(torch.int64)
     return codes
@@ -374,13 +381,13 @@ def _quantize_fp8_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _transpose_groups(data: torch.Tensor, group_offsets: list[int]) -> torch.Tensor:
     data = data.view(torch.uint8)
-    blocks = [data[a:b].t().reshape(-1) for a, b in zip(group_offsets[:-1], group_offsets[1:], strict=True)]
+    blocks = [data[a:b].t().reshape(-1) for a, b in itertools.pairwise(group_offsets)]
     flat = torch.cat(blocks) if blocks else data.new_empty(0)
     return flat.view(torch.float8_e4m3fn)
 
 
 def _check_group_offsets(group_offsets: list[int], num_rows: int) -> None:
-    steps = zip(group_offsets[:-1], group_offsets[1:], strict=True)
+    steps = itertools.pairwise(group_offsets)
     ok = group_offsets and group_offsets[0] == 0 and group_offsets[-1] <= num_rows
     if not ok or any(b < a or b % FP8_GROUP_SIZE for a, b in steps):
         raise ValueError(

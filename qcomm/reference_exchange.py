@@ -174,9 +174,7 @@ def dispatch(
                 x_columnwise, sf_columnwise, n = reference.mxfp4_to_fp8_columnwise(held, rows.group_offsets)
                 overflows_columnwise = int(n)
             else:
-                x_columnwise, sf_columnwise = reference.quantize_fp8_columnwise(
-                    _values(held), rows.group_offsets
-                )
+                x_columnwise, sf_columnwise = reference.quantize_fp8_columnwise(_values(held), rows.group_offsets)
         by_token = recv_layout == "token_major"
         shape = (len(rows.topk_of_token), topk_idxs[0].shape[1])
         topk = [entry for entries in rows.topk_of_token.values() for entry in entries]
@@ -239,9 +237,7 @@ def combine(
                     total = torch.zeros(y.shape[1], dtype=torch.float32)
                     for row, weight in entries:
                         value = y[row].to(torch.float32)
-                        total = total + (
-                            torch.tensor(weight, dtype=torch.float32) * value if weighted else value
-                        )
+                        total = total + (torch.tensor(weight, dtype=torch.float32) * value if weighted else value)
                     sums[token] = total
             if sums:
                 subsequence = len(ys) * (1 + source) + rank

@@ -18,9 +18,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             raise ValueError(f"rows must have {len(headers)} cells like the headers, got {list(row)}")
     lines = [list(headers), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
-    numeric = [
-        bool(rows) and all(_starts_like_number(row[column]) for row in rows) for column in range(len(headers))
-    ]
+    numeric = [bool(rows) and all(_starts_like_number(row[column]) for row in rows) for column in range(len(headers))]
 
     def laid_out(cells: Sequence[str]) -> str:
         padded = (

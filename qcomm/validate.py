@@ -55,7 +55,7 @@ def tensor(
     device: torch.device,
     contiguous: bool = True,
 ) -> None:
-    """Require a tensor of a shape (None for any size), one of the dtypes, a device and, mostly, contiguity."""
+    """Require a tensor of a shape (None for any size), one of the dtypes, on a device, contiguous unless told."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -79,7 +79,9 @@ def tokens(x: object, *, num_tokens: int | None, hidden: int, wire: WireFormat, 
         return x.shape[0]
     if isinstance(x, MXFP4Tensor):
         if wire.kind != "mxfp4":
-            raise ValueError(f"x must be bfloat16{' or FP8Tensor' * (wire.kind == 'fp8')} on the {wire.kind} wire, got MXFP4Tensor")
+            raise ValueError(
+                f"x must be bfloat16{' or FP8Tensor' * (wire.kind == 'fp8')} on the {wire.kind} wire, got MXFP4Tensor"
+            )
         if x.hadamard != wire.hadamard:
             raise ValueError(f"x.hadamard must be {wire.hadamard} as on the wire, got {x.hadamard}")
         tensor("x.qdata", x.qdata, shape=(num_tokens, hidden // 2), dtypes=(torch.uint8,), device=device)
@@ -101,5 +103,3 @@ def compute_capability(capability: tuple[int, int]) -> None:
             expected=MIN_COMPUTE_CAPABILITY,
             seen=capability,
         )
-
-

@@ -26,7 +26,7 @@ RULES = tuple(WireFormat("mxfp4", rule) for rule in ScaleRule)
 WIRES = (BF16, FP8, *RULES, ROTATED, STOCHASTIC, ROTATED_STOCHASTIC)
 
 XKind = Literal["bf16", "bits", "fp8", "fp8_float", "fp8_columns", "mxfp4"]
-Routes = Literal["random", "some", "none", "one", "half"]
+Routes = Literal["random", "some", "none", "one", "half", "same_rank"]
 _COUNTS = {"uneven": (13, 29, 7, 20), "empty": (0, 17, 0, 5), "zero": (0, 0, 0, 0), "one": (1, 1, 1, 1)}
 MAX_TOKENS = 32
 
@@ -37,8 +37,8 @@ class Case:
 
     Attributes:
         counts: tokens of each rank, by name.
-        routes: "random" experts, "some" of them -1, "none" at all, every token to expert "one", or all to the
-            lower "half" of the experts.
+        routes: "random" experts, "some" of them -1, "none" at all, every token to expert "one", all to the lower
+            "half" of the experts, or each token to experts of the "same_rank".
         x: how the tokens are given; "bits" is bfloat16 of any bits, NaN and Inf too.
         capacity: `num_max_recv_tokens`.
         combine_wire: None tests dispatch alone.
@@ -91,7 +91,7 @@ class Inputs:
     topk_weights: list[torch.Tensor] | None
 
 
-def make_buffer(case: Case, num_ranks: int, device: str, backend: str, **changes: Any) -> Buffer:
+def make_buffer(case: Case, num_ranks: int, device: str, backend: str, /, **changes: Any) -> Buffer:
     """Make the buffer of a case on this rank."""
     num_local, num_topk, hidden, precision = case.shape
     arguments: dict[str, Any] = {
@@ -130,6 +130,12 @@ def make_routes(case: Case, num_tokens: int, num_experts: int, generator: torch.
         idx[::5] = -1
     elif case.routes == "none":
         idx[:] = -1
+    elif case.routes == "same_rank":
+        local = torch.rand(num_tokens, case.num_local_experts, generator=generator).argsort(dim=1)
+        ranks = torch.randint(0, num_experts // case.num_local_experts, (num_tokens, 1), generator=generator)
+        width = min(case.num_topk, case.num_local_experts)
+        idx[:, width:] = -1
+        idx[:, :width] = local[:, :width] + case.num_local_experts * ranks
     elif case.routes == "one":
         idx[:] = -1
         idx[:, -1] = num_experts - 1
@@ -331,9 +337,7 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> str:
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     different = (got.contiguous().view(width) != want.contiguous().view(width)).nonzero()
     first = tuple(different[0].tolist())
-    return (
-        f"differs in {len(different)} of {got.numel()}, first at {first}: {got[first]}, must be {want[first]}"
-    )
+    return f"differs in {len(different)} of {got.numel()}, first at {first}: {got[first]}, must be {want[first]}"
 
 
 def make_ys(case: Case, rows: Sequence[ExpectedRows], generator_seed: int = 7) -> list[torch.Tensor]:
@@ -342,14 +346,16 @@ def make_ys(case: Case, rows: Sequence[ExpectedRows], generator_seed: int = 7) -
     for rank, here in enumerate(rows):
         generator = torch.Generator().manual_seed(1000 * case.seed + 10 * generator_seed + rank)
         y = wide_values(len(here.token_of_row), case.hidden, generator)
+        # Large terms that cancel, so that the order of addition shows; other blocks stay without.
+        half = y[:, : case.hidden // 2]
+        large = torch.rand(half.shape, generator=generator) < 0.4
+        half[large] = (2.0**24 * half[large].sign()).to(torch.bfloat16)
         y[[row for row, token in enumerate(here.token_of_row) if token is None]] = torch.nan
         ys.append(y)
     return ys
 
 
-def place_y(
-    case: Case, y: torch.Tensor, rows: ExpectedRows, recv: Received, handle: DispatchHandle
-) -> torch.Tensor:
+def place_y(case: Case, y: torch.Tensor, rows: ExpectedRows, recv: Received, handle: DispatchHandle) -> torch.Tensor:
     """Move the oracle's rows to where the receive has them; every other row is NaN."""
     lead = recv.x.shape[:2] if case.recv_layout == "batched" else recv.x.shape[:1]
     got_rows, want_rows = valid_rows(case, rows, handle.rows_per_expert)

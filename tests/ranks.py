@@ -138,9 +138,7 @@ class Target(NamedTuple):
     pool: RankPool
     backend: str
 
-    def run(
-        self, fn: Callable[Concatenate[int, int, str, str, P], R], /, *args: P.args, **kwargs: P.kwargs
-    ) -> list[R]:
+    def run(self, fn: Callable[Concatenate[int, int, str, str, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Run `fn(rank, num_ranks, device, backend, ...)` on every rank."""
         return self.pool.run(fn, self.pool.device, self.backend, *args, **kwargs)
 
@@ -198,9 +196,7 @@ class _CpuPickler(pickle.Pickler):
         return NotImplemented
 
 
-def _serve(
-    rank: int, num_ranks: int, device: DeviceKind, address: str, connection: Connection[Any, Any]
-) -> None:
+def _serve(rank: int, num_ranks: int, device: DeviceKind, address: str, connection: Connection[Any, Any]) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":

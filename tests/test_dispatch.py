@@ -36,9 +36,7 @@ def _bits(recv: Received) -> list[torch.Tensor | None]:
 
 def _same(a: Received, b: Received) -> bool:
     pairs = zip(_bits(a), _bits(b), strict=True)
-    return all(
-        (p is None and q is None) or (p is not None and q is not None and _equal(p, q)) for p, q in pairs
-    )
+    return all((p is None and q is None) or (p is not None and q is not None and _equal(p, q)) for p, q in pairs)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -71,9 +69,7 @@ def test_inputs(target: Target) -> None:
 @targets(3)
 def test_sizes(target: Target) -> None:
     todo = [
-        *grid(
-            Case(), hidden=(128, 384, 1024), wire=KIND_WIRES, alignment=(1, 32, 128), recv_layout=RECV_LAYOUTS
-        ),
+        *grid(Case(), hidden=(128, 384, 1024), wire=KIND_WIRES, alignment=(1, 32, 128), recv_layout=RECV_LAYOUTS),
         *grid(Case(), num_topk=(1, 8), num_local_experts=(8,), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS),
         *grid(Case(num_topk=1, num_local_experts=1), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS),
     ]
@@ -90,6 +86,8 @@ def test_columnwise(target: Target) -> None:
             sf_layout=SF_LAYOUTS,
             static=(False, True),
         ),
+        *grid(Case(columnwise=True, alignment=128, x="fp8_float"), wire=(FP8, MXFP4, ROTATED), hidden=(128, 384)),
+        *grid(Case(columnwise=True, alignment=128, x="mxfp4"), wire=(MXFP4, ROTATED), hidden=(128, 384)),
         *grid(
             Case(columnwise=True, alignment=256),
             wire=KIND_WIRES,
@@ -103,9 +101,7 @@ def test_columnwise(target: Target) -> None:
 @targets(3)
 def test_scale_storage(target: Target) -> None:
     layouts = dataclasses.replace(Case(), sf_layout=ScaleLayout.COLUMN_MAJOR, hidden=384)
-    todo = grid(
-        layouts, recv_layout=RECV_LAYOUTS, wire=KIND_WIRES, alignment=(1, 3, 128), static=(False, True)
-    )
+    todo = grid(layouts, recv_layout=RECV_LAYOUTS, wire=KIND_WIRES, alignment=(1, 3, 128), static=(False, True))
     cases.no_problems(target.run(cases.run_cases, list(todo)))
 
 
@@ -178,7 +174,7 @@ def _replay_case(buffer: Buffer, case: Case) -> list[str]:
     inputs = cases.make_inputs(case, buffer.num_ranks)
     other = cases.make_inputs(dataclasses.replace(case, seed=case.seed + 1), buffer.num_ranks)
     first, handle = cases.dispatch(buffer, case, inputs)
-    problems = []
+    problems: list[str] = []
 
     def replay(xs: list[Tokens], **changes: Any) -> None:
         wanted = dataclasses.replace(case, **changes)
@@ -194,9 +190,7 @@ def _replay_case(buffer: Buffer, case: Case) -> list[str]:
         cases.sync(buffer)
         assert same is handle
         want = cases.expect(wanted, dataclasses.replace(inputs, xs=xs), buffer.rank)
-        problems.extend(
-            f"replay {changes}: {problem}" for problem in cases.compare(wanted, recv, handle, want)
-        )
+        problems.extend(f"replay {changes}: {problem}" for problem in cases.compare(wanted, recv, handle, want))
 
     replay(inputs.xs)
     replay(other.xs)
@@ -247,9 +241,7 @@ def _overflow(rank: int, num_ranks: int, device: str, backend: str, case: Case) 
 @pytest.mark.parametrize("recv_layout", RECV_LAYOUTS)
 def test_overflow(target: Target, recv_layout: Any) -> None:
     # Every token goes to the last rank, which alone overflows.
-    case = Case(
-        recv_layout=recv_layout, static=True, capacity=32, routes="one", combine_wire=BF16, weighted=False
-    )
+    case = Case(recv_layout=recv_layout, static=True, capacity=32, routes="one", combine_wire=BF16, weighted=False)
     inputs = cases.make_inputs(case, target.pool.num_ranks)
     needed = [rows.needed for rows in cases.expect_rows(case, inputs)]
     if target.pool.num_ranks > 1:

@@ -130,9 +130,7 @@ def test_enumerated_truth_agrees_with_ml_dtypes() -> None:
     near = [middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(9))]
     values = np.concatenate([*near, MAGNITUDES.astype(np.float32), _float32([6.5, 7, 8, 1e30, 1e-45])])
     values = np.concatenate([values, -values])
-    np.testing.assert_array_equal(
-        _nearest_codes(values), values.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    )
+    np.testing.assert_array_equal(_nearest_codes(values), values.astype(ml_dtypes.float4_e2m1fn).view(np.uint8))
     np.testing.assert_array_equal(_nearest_codes(middle), [0, 2, 2, 4, 4, 6, 6])
 
 
@@ -184,9 +182,7 @@ def test_quantize_every_bf16_value_under_every_scale(rule: ScaleRule) -> None:
         scaled = (x.double().numpy() * 2.0 ** (127 - sf)).astype(np.float32)
         q = quantize_mxfp4(x, rule)
         assert (q.sf == sf).all()
-        np.testing.assert_array_equal(
-            q.qdata.numpy(), _pack(scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8))
-        )
+        np.testing.assert_array_equal(q.qdata.numpy(), _pack(scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)))
 
 
 @pytest.mark.parametrize("rule", ScaleRule)
@@ -209,9 +205,7 @@ def test_quantize_fp32(rule: ScaleRule) -> None:
     middle = ((MAGNITUDES[1:] + MAGNITUDES[:-1]) / 2).astype(np.float32)
     edges = np.stack([np.nextafter(middle, np.float32(0)), middle, np.nextafter(middle, np.float32(9))])
     edges = np.concatenate([edges.reshape(-1), _float32([6])])
-    edges = np.ldexp(
-        rng.choice(np.concatenate([edges, -edges]), (256, 32)), rng.integers(-120, 120, (256, 1))
-    )
+    edges = np.ldexp(rng.choice(np.concatenate([edges, -edges]), (256, 32)), rng.integers(-120, 120, (256, 1)))
     subnormal = (rng.integers(0, 2**23, (64, 32)) >> rng.integers(0, 23, (64, 1))).astype(np.uint32)
     subnormal |= rng.integers(0, 2, (64, 32), dtype=np.uint32) << 31
     largest = wild[:32].copy()
@@ -286,9 +280,7 @@ def test_quantize_e4m3_under_random_scales(rule: ScaleRule) -> None:
     rng = np.random.default_rng(3)
     codes = (rng.integers(0, 0x7F, (128, 256)) | rng.integers(0, 2, (128, 256)) << 7).astype(np.uint8)
     sf = np.abs(_random_float32(rng, (128, 2)))
-    sf[:16] = (
-        (rng.integers(1, 2**23, (16, 2)) >> rng.integers(0, 23, (16, 2))).astype(np.uint32).view(np.float32)
-    )
+    sf[:16] = (rng.integers(1, 2**23, (16, 2)) >> rng.integers(0, 23, (16, 2))).astype(np.uint32).view(np.float32)
     _assert_quantizes_exactly(*_fp8_of(codes, sf), rule)
 
 
@@ -656,9 +648,7 @@ def test_dequantize_fp8(dtype: torch.dtype) -> None:
 def test_to_bf16() -> None:
     rng = np.random.default_rng(21)
     ties = (rng.integers(0, 0x7F7F, 4096, dtype=np.uint32) << 16) + 0x8000
-    values = np.concatenate(
-        [_random_float32(rng, (4096,)), ties.view(np.float32), _float32([np.inf, -np.inf])]
-    )
+    values = np.concatenate([_random_float32(rng, (4096,)), ties.view(np.float32), _float32([np.inf, -np.inf])])
     with np.errstate(over="ignore"):
         truth = values.astype(ml_dtypes.bfloat16).view(np.int16)
     np.testing.assert_array_equal(to_dtype(torch.from_numpy(values), torch.bfloat16).view(torch.int16), truth)

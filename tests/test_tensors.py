@@ -59,9 +59,7 @@ def test_mxfp4_tensor_dtype_errors(qdata: torch.Tensor, sf: torch.Tensor, messag
         ((2, 24), (2, 1), r"qdata \(2, 24\) with K a multiple of 32.*got \(2, 1\)"),
     ],
 )
-def test_mxfp4_tensor_shape_errors(
-    qdata_shape: tuple[int, ...], sf_shape: tuple[int, ...], message: str
-) -> None:
+def test_mxfp4_tensor_shape_errors(qdata_shape: tuple[int, ...], sf_shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MXFP4Tensor(_bytes(*qdata_shape), _bytes(*sf_shape))
 
@@ -88,9 +86,7 @@ def test_fp8_tensor_dtype_errors(data: torch.Tensor, sf: torch.Tensor, message: 
         ((2, 2, 128), (2, 2, 1), r"data must have 2 dimensions, got shape \(2, 2, 128\)"),
     ],
 )
-def test_fp8_tensor_shape_errors(
-    data_shape: tuple[int, ...], sf_shape: tuple[int, ...], message: str
-) -> None:
+def test_fp8_tensor_shape_errors(data_shape: tuple[int, ...], sf_shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FP8Tensor(_e4m3(*data_shape), torch.ones(sf_shape))
 

@@ -160,5 +160,3 @@ def _encoding(wire: WireFormat, input_kind: str) -> WireFormat:
 def _decoding(wire: WireFormat) -> WireFormat:
     """Drop the options that do not change the receiving kernel."""
     return WireFormat(wire.kind, rounding=Rounding.NEAREST, hadamard=wire.hadamard)
-
-

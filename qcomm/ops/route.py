@@ -11,9 +11,9 @@ from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, pointer, spec
 from qcomm.records import align
 
-HOST_SEQUENCE, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_FIXED = 0, 1, 2, 3
-"""Words of the host table that `place` fills: sequence number, bad rank and token (-1 for none), then
-`recv_offsets` [num_ranks + 1] and tokens per local expert [num_local_experts]."""
+HOST_SEQUENCE, HOST_READY, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_FIXED = range(5)
+"""Words of the host table that `place` fills: sequence number, whether every peer came in time, bad
+rank and token (-1 for none), then `recv_offsets` [num_ranks + 1] and tokens per local expert [num_local_experts]."""
 
 _ROUTE_THREADS = 512
 _PLACE_THREADS = 256
@@ -65,6 +65,9 @@ def route_spec(name: str, num_topk: int, index_bytes: int) -> KernelSpec:
         name,
         num_topk=num_topk,
         index_bytes=index_bytes,
+        host_ready=HOST_READY,
+        host_bad_rank=HOST_BAD_RANK,
+        host_bad_token=HOST_BAD_TOKEN,
         host_fixed=HOST_FIXED,
         sizeof_route=ctypes.sizeof(RouteParams),
         sizeof_place=ctypes.sizeof(PlaceParams),
@@ -88,9 +91,7 @@ def launch_route(
     num_tokens, num_topk = topk_idx.shape
     chunk = route_chunk(num_tokens)
     shared_bytes = 4 * (comm.num_experts + comm.num_ranks) * (1 + chunk // 32)
-    params = RouteParams(
-        comm, topk_idx.data_ptr(), pointer(topk_weights), send_slot.data_ptr(), num_tokens, chunk
-    )
+    params = RouteParams(comm, topk_idx.data_ptr(), pointer(topk_weights), send_slot.data_ptr(), num_tokens, chunk)
     kernel = launcher.kernels.get(route_spec("route", num_topk, topk_idx.element_size()))
     kernel.launch(max(1, -(-num_tokens // chunk)), _ROUTE_THREADS, shared_bytes, stream, params)
 

@@ -16,7 +16,11 @@ class Transport(Protocol):
     """One backend of one Buffer. Arguments were checked by the Buffer; every method but `check` is collective."""
 
     def dispatch(
-        self, x: WireInput, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        options: DispatchOptions,
     ) -> tuple[Received, DispatchHandle, Event]:
         """Route, send and receive."""
 
@@ -24,7 +28,13 @@ class Transport(Protocol):
         """Send and receive along a known route."""
 
     def combine(
-        self, y: torch.Tensor, handle: DispatchHandle, wire: WireFormat, weighted: bool, seed: int, async_op: bool
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        wire: WireFormat,
+        weighted: bool,
+        seed: int,
+        async_op: bool,
     ) -> tuple[torch.Tensor, Event]:
         """Sum rows per token and return the sums to the tokens' ranks."""
 
@@ -45,7 +55,9 @@ def received(payload: Payload, handle: DispatchHandle, options: DispatchOptions)
     by_token = handle.recv_layout == "token_major"
 
     def shaped(t: torch.Tensor | None) -> torch.Tensor | None:
-        return t if t is None or not handle.rows_per_expert else t.unflatten(0, (-1, handle.rows_per_expert))
+        if t is None or handle.recv_layout != "batched":
+            return t
+        return t.unflatten(0, (len(handle.num_tokens_per_expert), handle.rows_per_expert))
 
     x = shaped(payload.x)
     assert x is not None

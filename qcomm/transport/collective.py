@@ -19,8 +19,8 @@ from qcomm.errors import QcommError, QcommPeerError, QcommRoutingError, QcommTim
 from qcomm.exchange import DispatchOptions, Routing, WireInput
 from qcomm.formats import WireFormat
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
-from qcomm.transport.base import overflow_error, received
 from qcomm.records import MetadataLayout
+from qcomm.transport.base import overflow_error, received
 
 
 class CollectiveTransport:
@@ -28,7 +28,9 @@ class CollectiveTransport:
 
     symmetric_bytes = 0
 
-    def __init__(self, config: BufferConfig, member: Member, owner: Owner, comm_stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self, config: BufferConfig, member: Member, owner: Owner, comm_stream: torch.cuda.Stream | None
+    ) -> None:
         self._config = config
         self._member = member
         self._owner = owner
@@ -37,7 +39,11 @@ class CollectiveTransport:
         self._noted: list[_Noted] = []
 
     def dispatch(
-        self, x: WireInput, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        options: DispatchOptions,
     ) -> tuple[Received, DispatchHandle, Event]:
         with _Async(self._member.device, self._comm_stream, options.async_op) as run:
             handle = self._route(topk_idx, topk_weights, options)
@@ -50,7 +56,13 @@ class CollectiveTransport:
         return received, run.event
 
     def combine(
-        self, y: torch.Tensor, handle: DispatchHandle, wire: WireFormat, weighted: bool, seed: int, async_op: bool
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        wire: WireFormat,
+        weighted: bool,
+        seed: int,
+        async_op: bool,
     ) -> tuple[torch.Tensor, Event]:
         with _Async(self._member.device, self._comm_stream, async_op) as run:
             out = self._combine(y, handle, wire, weighted, seed)
@@ -104,7 +116,9 @@ class CollectiveTransport:
         records = torch.arange(num_records, device=member.device)
         record_src = torch.searchsorted(offsets[1:].contiguous(), records, right=True)
         record_src = torch.where(records < offsets[-1], record_src, -1)
-        placement = exchange.place(words, config.num_topk, record_src, expert_counts, options, num_rows, rows_per_expert)
+        placement = exchange.place(
+            words, config.num_topk, record_src, expert_counts, options, num_rows, rows_per_expert
+        )
         if options.static:
             self._noted.append(_Noted("rows", placement.rows_needed, rows_per_expert or num_rows))
         layout = MetadataLayout(config.num_topk)
@@ -227,7 +241,12 @@ class CollectiveTransport:
     ) -> torch.Tensor:
         came = rows.new_empty((sum(recv_counts), rows.shape[1]))
         work = dist.all_to_all_single(
-            came, rows.contiguous(), list(recv_counts), list(send_counts), group=self._member.group, async_op=True
+            came,
+            rows.contiguous(),
+            list(recv_counts),
+            list(send_counts),
+            group=self._member.group,
+            async_op=True,
         )
         self._wait(work, phase)
         return came

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import pathlib
+import socket
 
 import torch
+import torch.distributed as dist
 
+from qcomm import validate
 from qcomm.config import BufferConfig, Member
+from qcomm.errors import QcommUnsupportedError
 from qcomm.handle import Owner
+from qcomm.transport import symmetric
 from qcomm.transport.base import Transport
 from qcomm.transport.collective import CollectiveTransport
 
 BACKENDS = ("auto", "collective", "nvlink")
-PROVIDERS = ("auto", "nvshmem", "torch")
+PROVIDERS = ("auto", *symmetric.PROVIDERS)
+_NVLINK_PACKAGES = {"cupy": "cupy-cuda13x", "cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """Whether this process could take the nvlink backend, and with which providers of symmetric memory."""
+
+    supported: bool
+    reason: str
+    providers: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +41,60 @@ class Choice:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Seat:
+    """What a rank tells the others before they choose."""
+
+    capability: Capability
+    host: str
+    device_uuid: str
+    reachable_uuids: tuple[str, ...]
+    visible_uuids: tuple[str, ...]
+
+
+def local_capability(device: torch.device) -> Capability:
+    """Tell whether this process could take the nvlink backend; starts nothing on the GPU but its context."""
+    if device.type != "cuda":
+        return Capability(False, "tensors are on the CPU", ())
+    try:
+        validate.compute_capability(torch.cuda.get_device_capability(device))
+    except QcommUnsupportedError as error:
+        return Capability(False, str(error), ())
+    missing = [package for module, package in _NVLINK_PACKAGES.items() if not _importable(module)]
+    if missing:
+        return Capability(False, f"not installed: {', '.join(missing)}", ())
+    providers = symmetric.available_providers()
+    if not providers:
+        return Capability(False, "no provider of symmetric memory is installed", ())
+    return Capability(True, f"Hopper or newer, symmetric memory from {' or '.join(providers)}", providers)
+
+
 def choose(config: BufferConfig, member: Member) -> Choice:
-    """Choose the fastest backend that every rank can run. Collective."""
-    return Choice("collective", None, "tensors are on the CPU")
+    """Choose the fastest backend that every rank can run. Collective.
+
+    Raises:
+        QcommUnsupportedError: nvlink was asked for and some rank cannot run it.
+    """
+    if config.backend == "collective":
+        return Choice("collective", None, "asked for")
+    seats: list[_Seat] = [_seat(member.device)] * member.num_ranks
+    dist.all_gather_object(seats, seats[0], group=member.group)
+    obstacle = _obstacle(seats)
+    if obstacle is None:
+        common = [p for p in symmetric.PROVIDERS if all(p in seat.capability.providers for seat in seats)]
+        wanted = common if config.provider == "auto" else [p for p in common if p == config.provider]
+        if wanted:
+            how = "asked for" if config.backend == "nvlink" else "every rank reaches every GPU"
+            return Choice("nvlink", wanted[0], f"{how}; symmetric memory from {wanted[0]}")
+        obstacle = f"provider {config.provider!r} must be installed on every rank, common are {common}"
+    if config.backend == "nvlink":
+        raise QcommUnsupportedError(
+            f"backend 'nvlink' cannot run here: {obstacle}",
+            rank=member.rank,
+            phase="buffer.create",
+            seen=obstacle,
+        )
+    return Choice("collective", None, obstacle)
 
 
 def create(
@@ -38,4 +106,48 @@ def create(
     num_sms: int | None,
 ) -> Transport:
     """Make the transport of a choice. Collective."""
-    return CollectiveTransport(config, member, owner, comm_stream)
+    if choice.backend == "collective":
+        return CollectiveTransport(config, member, owner, comm_stream)
+    from qcomm.transport.nvlink import NvlinkTransport
+
+    assert choice.provider is not None
+    assert comm_stream is not None
+    return NvlinkTransport(config, member, owner, comm_stream, num_sms, choice.provider)
+
+
+def _seat(device: torch.device) -> _Seat:
+    capability = local_capability(device)
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    host = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+    if device.type != "cuda":
+        return _Seat(capability, host, "", (), ())
+    count = torch.cuda.device_count()
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
+    reachable = [
+        uuids[i] for i in range(count) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)
+    ]
+    return _Seat(capability, host, uuids[device.index], tuple(reachable), tuple(uuids))
+
+
+def _obstacle(seats: list[_Seat]) -> str | None:
+    """Say what keeps these ranks from the nvlink backend, None if nothing does."""
+    for rank, seat in enumerate(seats):
+        if not seat.capability.supported:
+            return seat.capability.reason if rank == 0 else f"rank {rank}: {seat.capability.reason}"
+    if len({seat.host for seat in seats}) > 1:
+        return "ranks are on several hosts"
+    for rank, seat in enumerate(seats):
+        for peer, other in enumerate(seats):
+            if rank != peer and seat.device_uuid == other.device_uuid:
+                return f"ranks {rank} and {peer} share a GPU"
+            # A GPU this process cannot see (CUDA_VISIBLE_DEVICES) cannot be asked about; opening it will tell.
+            if other.device_uuid in seat.visible_uuids and other.device_uuid not in seat.reachable_uuids:
+                return f"the GPU of rank {rank} cannot reach that of rank {peer}"
+    return None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,415 @@
+"""The nvlink backend: peers write into each other's symmetric memory, and flags say when.
+
+A call takes two streams. The caller's (or, for async calls, the communication stream) routes and receives; a second
+one sends, so that records leave while the host still learns how large the result is. Every call begins with an
+exchange among all ranks (route and place, or a barrier), after which every rank has finished its earlier calls; so no
+slot is overwritten while a peer reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+
+import torch
+
+from qcomm import exchange, validate
+from qcomm.config import BufferConfig, Member, synchronize_hosts
+from qcomm.errors import (
+    QcommError,
+    QcommPeerError,
+    QcommRoutingError,
+    QcommTimeoutError,
+    QcommUnsupportedError,
+)
+from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.formats import WireFormat
+from qcomm.handle import DispatchHandle, Event, Owner, Received
+from qcomm.jit import KernelLoader
+from qcomm.ops import combine, dispatch, route
+from qcomm.ops.comm import (
+    BAD_ROUTE,
+    MAX_RANKS,
+    PHASES,
+    Comm,
+    HostReports,
+    Launcher,
+    Report,
+    State,
+    launch_barrier,
+)
+from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout
+from qcomm.tensors import FP8Tensor, MXFP4Tensor
+from qcomm.transport.base import overflow_error, received
+from qcomm.transport.symmetric import allocate
+
+_HOST_GRACE_S = 5.0
+_NO_BAD_TOKEN = 0x7FFFFFFF
+_POINTER_ALIGNMENT = 16
+
+
+class NvlinkTransport:
+    """See `qcomm.transport.base.Transport`."""
+
+    def __init__(
+        self,
+        config: BufferConfig,
+        member: Member,
+        owner: Owner,
+        comm_stream: torch.cuda.Stream,
+        num_sms: int | None,
+        provider: str,
+    ) -> None:
+        capability = torch.cuda.get_device_capability(member.device)
+        validate.compute_capability(capability)
+        if member.num_ranks > MAX_RANKS:
+            raise QcommUnsupportedError(
+                f"the nvlink backend serves at most {MAX_RANKS} ranks, got {member.num_ranks}",
+                rank=member.rank,
+                phase="buffer.create",
+                expected=MAX_RANKS,
+                seen=member.num_ranks,
+            )
+        self._config, self._member, self._owner = config, member, owner
+        self._layout = _symmetric_layout(config, member)
+        self._comm_stream = comm_stream
+        self._send_stream = torch.cuda.Stream(member.device, priority=-1)
+        self._last: torch.cuda.Event | None = None
+        self._sequence = 0
+        with torch.cuda.device(member.device):
+            self._memory = allocate(provider, self._layout.num_bytes, member)
+            self._state = torch.zeros(ctypes.sizeof(State), dtype=torch.uint8, device=member.device)
+            self._reports = torch.zeros(ctypes.sizeof(HostReports), dtype=torch.uint8, pin_memory=True)
+            host_words = route.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
+            self._host = torch.zeros(host_words, dtype=torch.int32, pin_memory=True)
+        self._host_view = self._host.numpy()
+        self._reports_view = HostReports.from_address(self._reports.data_ptr())
+        num_device_sms = torch.cuda.get_device_properties(member.device).multi_processor_count
+        self._launcher = Launcher(
+            KernelLoader("sm_{}{}".format(*capability)),
+            self._comm(),
+            num_device_sms if num_sms is None else min(num_sms, num_device_sms),
+        )
+        self.symmetric_bytes = self._layout.num_bytes
+        self._clear()
+
+    def dispatch(
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        options: DispatchOptions,
+    ) -> tuple[Received, DispatchHandle, Event]:
+        _check_addresses(x)
+        hidden = self._config.hidden
+        with self._call(options.async_op, x, topk_idx, topk_weights) as call:
+            draft = self._route(call.stream, topk_idx, topk_weights, options)
+            with call.sending() as stream:
+                dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed)
+            handle = draft if options.static else self._settle(draft, options, topk_idx)
+            payload = dispatch.launch_recv(self._launcher, call.stream, handle, options, hidden)
+            result = received(payload, handle, options)
+            call.keep(result, handle)
+        return result, handle, call.event
+
+    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
+        _check_addresses(x)
+        with self._call(options.async_op, x) as call:
+            launch_barrier(self._launcher, call.stream)
+            with call.sending() as stream:
+                dispatch.launch_send(self._launcher, stream, x, handle.send_slot, options.wire, options.seed)
+            payload = dispatch.launch_recv(self._launcher, call.stream, handle, options, self._config.hidden)
+            result = received(payload, handle, options)
+            call.keep(result)
+        return result, call.event
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        wire: WireFormat,
+        weighted: bool,
+        seed: int,
+        async_op: bool,
+    ) -> tuple[torch.Tensor, Event]:
+        _check_addresses(y)
+        with self._call(async_op, y) as call:
+            launch_barrier(self._launcher, call.stream)
+            with call.sending() as stream:
+                combine.launch_send(self._launcher, stream, y, handle, wire, weighted, seed)
+            out = combine.launch_recv(self._launcher, call.stream, handle, wire, self._config.hidden)
+            call.keep(out)
+        return out, call.event
+
+    def check(self) -> QcommError | None:
+        timeout, notice = self._reports_view.timeout, self._reports_view.notice
+        if timeout.code:
+            return self._timeout_error(timeout)
+        if not notice.code:
+            return None
+        code, expected, seen = notice.code, notice.expected, notice.seen
+        notice.code = 0
+        if code == BAD_ROUTE:
+            text = (
+                f"rank {self._member.rank}: topk_idx[{seen}] must hold distinct experts in range; the token was dropped"
+            )
+            return QcommRoutingError(text, rank=self._member.rank, phase="dispatch.layout", seen=seen)
+        return overflow_error(self._member.rank, needed=expected, available=seen)
+
+    def reset(self, generation: int) -> None:
+        self._owner = dataclasses.replace(self._owner, generation=generation)
+        torch.cuda.synchronize(self._member.device)
+        synchronize_hosts(self._member)
+        self._clear()
+
+    def destroy(self) -> None:
+        torch.cuda.synchronize(self._member.device)
+        synchronize_hosts(self._member)
+        self._memory.free()
+
+    def _clear(self) -> None:
+        """Forget every earlier call. Collective; no rank's kernels may be running."""
+        self._memory.local.zero_()
+        state = State(bad_token=_NO_BAD_TOKEN)
+        self._state.copy_(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        self._reports.zero_()
+        torch.cuda.synchronize(self._member.device)
+        self._last = None
+        synchronize_hosts(self._member)
+
+    def _comm(self) -> Comm:
+        config, member, layout = self._config, self._member, self._layout
+        addresses = self._memory.peers + [0] * (MAX_RANKS - member.num_ranks)
+        return Comm(
+            peer=(ctypes.c_uint64 * MAX_RANKS)(*addresses),
+            state=self._state.data_ptr(),
+            reports=self._reports.data_ptr(),
+            deadline_ns=round(member.deadline_s * 1e9),
+            rank=member.rank,
+            num_ranks=member.num_ranks,
+            max_tokens=config.num_max_tokens_per_rank,
+            num_experts=config.num_experts,
+            num_local_experts=layout.num_local_experts,
+            metadata_words=MetadataLayout(config.num_topk).num_words,
+            **layout.offsets,
+        )
+
+    def _route(
+        self, stream: int, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
+    ) -> DispatchHandle:
+        """Launch route and place; returns a handle of worst-case length, which `_settle` cuts to the real one."""
+        config, num_ranks, num_local = self._config, self._member.num_ranks, self._layout.num_local_experts
+        num_records = num_ranks * config.num_max_tokens_per_rank
+        rows, rows_per_expert = exchange.worst_case_rows(options, num_records, config.num_topk, num_local)
+        by_token = options.recv_layout == "token_major"
+        width = 1 if by_token else config.num_topk
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=self._member.device)
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=self._member.device)
+
+        draft = DispatchHandle(
+            owner=self._owner,
+            num_tokens=topk_idx.shape[0],
+            recv_layout=options.recv_layout,
+            alignment=options.alignment,
+            static=options.static,
+            num_rows=rows,
+            rows_per_expert=rows_per_expert,
+            has_weights=topk_weights is not None,
+            send_slot=ints(topk_idx.shape[0], num_ranks),
+            recv_offsets=ints(num_ranks + 1),
+            record_src_token=ints(num_records),
+            record_topk_idx=ints(num_records, config.num_topk),
+            record_topk_weights=floats(num_records, config.num_topk),
+            record_rows=ints(num_records, width),
+            row_record=ints(rows),
+            row_src=ints(rows, 2),
+            row_weights=None if by_token else floats(rows),
+            num_tokens_per_expert=ints(num_local),
+            num_tokens_per_expert_list=None,
+            group_offsets=None if by_token else ints(num_local + 1),
+            send_counts=None,
+            recv_counts=None,
+        )
+        route.launch_route(self._launcher, stream, topk_idx, topk_weights, draft.send_slot)
+        self._sequence += 1
+        route.launch_place(
+            self._launcher,
+            stream,
+            config.num_topk,
+            route.PlaceParams(
+                self._launcher.comm,
+                draft.recv_offsets.data_ptr(),
+                draft.record_src_token.data_ptr(),
+                draft.record_topk_idx.data_ptr(),
+                draft.record_topk_weights.data_ptr(),
+                draft.record_rows.data_ptr(),
+                draft.row_record.data_ptr(),
+                draft.row_src.data_ptr(),
+                0 if draft.row_weights is None else draft.row_weights.data_ptr(),
+                draft.num_tokens_per_expert.data_ptr(),
+                0 if draft.group_offsets is None else draft.group_offsets.data_ptr(),
+                0 if options.static else self._host.data_ptr(),
+                self._sequence,
+                rows,
+                rows_per_expert if options.static else 0,
+                options.alignment,
+                route.layout_number(options.recv_layout),
+                int(options.static),
+            ),
+        )
+        return draft
+
+    def _settle(self, draft: DispatchHandle, options: DispatchOptions, topk_idx: torch.Tensor) -> DispatchHandle:
+        """Wait for the counts and cut the handle to what really comes."""
+        member, host = self._member, self._host_view
+        limit = time.monotonic() + member.deadline_s + _HOST_GRACE_S
+        while host[route.HOST_SEQUENCE] != self._sequence:
+            if time.monotonic() > limit:
+                raise QcommTimeoutError(
+                    f"rank {member.rank}: the GPU did not finish routing within {member.deadline_s} s",
+                    rank=member.rank,
+                    phase="dispatch.route",
+                )
+        if not host[route.HOST_READY]:
+            while not self._reports_view.timeout.code:
+                pass
+            raise self._timeout_error(self._reports_view.timeout)
+        bad_rank, bad_token = int(host[route.HOST_BAD_RANK]), int(host[route.HOST_BAD_TOKEN])
+        if bad_rank == member.rank:
+            ids = topk_idx[bad_token].tolist()
+            problem = exchange.describe_bad_route(bad_token, ids, self._config.num_experts)
+            raise QcommRoutingError(problem, rank=member.rank, phase="dispatch.layout", seen=ids)
+        if bad_rank >= 0:
+            raise QcommPeerError(
+                f"rank {bad_rank} gave a bad topk_idx (token {bad_token}); no rank has a result",
+                rank=member.rank,
+                peer=bad_rank,
+                phase="dispatch.layout",
+                seen=bad_token,
+            )
+        first = route.HOST_FIXED + member.num_ranks + 1
+        offsets = host[route.HOST_FIXED : first].tolist()
+        per_expert = tuple(host[first:].tolist())
+        num_rows, rows_per_expert = exchange.exact_rows(options, offsets[-1], per_expert)
+        return dataclasses.replace(
+            draft,
+            num_rows=num_rows,
+            rows_per_expert=rows_per_expert,
+            record_src_token=draft.record_src_token[: offsets[-1]],
+            record_topk_idx=draft.record_topk_idx[: offsets[-1]],
+            record_topk_weights=draft.record_topk_weights[: offsets[-1]],
+            record_rows=draft.record_rows[: offsets[-1]],
+            row_record=draft.row_record[:num_rows],
+            row_src=draft.row_src[:num_rows],
+            row_weights=None if draft.row_weights is None else draft.row_weights[:num_rows],
+            num_tokens_per_expert_list=per_expert,
+            recv_counts=tuple(b - a for a, b in itertools.pairwise(offsets)),
+        )
+
+    def _timeout_error(self, report: Report) -> QcommTimeoutError:
+        phase = PHASES[report.phase]
+        return QcommTimeoutError(
+            f"rank {report.rank} waited {self._member.deadline_s} s for rank {report.peer} in {phase}: expected call "
+            f"{report.expected}, saw {report.seen}; call reset() on every rank to use the buffer again",
+            rank=report.rank,
+            peer=report.peer,
+            phase=phase,
+            expected=report.expected,
+            seen=report.seen,
+        )
+
+    @contextlib.contextmanager
+    def _call(self, async_op: bool, *inputs: WireInput | None) -> Iterator[_Call]:
+        """Order a call after the one before it, on the stream it runs on."""
+        caller = torch.cuda.current_stream(self._member.device)
+        main = self._comm_stream if async_op else caller
+        if async_op:
+            main.wait_stream(caller)
+            _record_stream(main, *inputs)
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self._last is not None and not capturing:
+            main.wait_event(self._last)
+        call = _Call(main, self._send_stream, caller)
+        try:
+            with torch.cuda.stream(main) if async_op else contextlib.nullcontext():
+                yield call
+        finally:
+            call.join()
+            if not capturing:
+                self._last = call.event
+
+
+class _Call:
+    """One call in flight: its two streams, and the event that ends it."""
+
+    def __init__(self, main: torch.cuda.Stream, side: torch.cuda.Stream, caller: torch.cuda.Stream) -> None:
+        self._main, self._side, self._caller = main, side, caller
+        self.stream = main.cuda_stream
+        self.event = torch.cuda.Event()
+
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[int]:
+        """Launch on the sending stream what comes next, behind what the main stream holds so far."""
+        self._side.wait_stream(self._main)
+        yield self._side.cuda_stream
+
+    def keep(self, *results: Received | DispatchHandle | torch.Tensor) -> None:
+        """Tell the allocator that the caller's stream uses the results of an async call."""
+        if self._main == self._caller:
+            return
+        for result in results:
+            if isinstance(result, torch.Tensor):
+                _record_stream(self._caller, result)
+                continue
+            for field in dataclasses.fields(result):
+                value = getattr(result, field.name)
+                if isinstance(value, torch.Tensor):
+                    _record_stream(self._caller, value)
+
+    def join(self) -> None:
+        """End the call: the main stream waits for the sends."""
+        self._main.wait_stream(self._side)
+        self.event.record(self._main)
+
+
+def _record_stream(stream: torch.cuda.Stream, *tensors: WireInput | None) -> None:
+    for t in tensors:
+        if isinstance(t, FP8Tensor):
+            _record_stream(stream, t.data, t.sf)
+        elif isinstance(t, MXFP4Tensor):
+            _record_stream(stream, t.qdata, t.sf)
+        elif t is not None:
+            t.record_stream(stream)
+
+
+def _check_addresses(x: WireInput) -> None:
+    parts = {"x.data": x.data} if isinstance(x, FP8Tensor) else {}
+    parts = {"x.qdata": x.qdata, "x.sf": x.sf} if isinstance(x, MXFP4Tensor) else parts
+    parts = {"x": x} if isinstance(x, torch.Tensor) else parts
+    for name, part in parts.items():
+        multiple = 4 if name == "x.sf" else _POINTER_ALIGNMENT
+        if part.data_ptr() % multiple:
+            raise ValueError(f"{name} must start at a multiple of {multiple} bytes, got {part.data_ptr():#x}")
+
+
+def _symmetric_layout(config: BufferConfig, member: Member) -> SymmetricLayout:
+    def largest(op: str) -> int:
+        legs = (config.precision.leg(op, backward) for backward in (False, True))  # type: ignore[arg-type]
+        return max(RecordLayout(leg.kind, config.hidden).num_bytes for leg in legs)
+
+    return SymmetricLayout(
+        num_ranks=member.num_ranks,
+        num_local_experts=config.num_experts // member.num_ranks,
+        max_tokens=config.num_max_tokens_per_rank,
+        num_topk=config.num_topk,
+        dispatch_record_bytes=largest("dispatch"),
+        combine_record_bytes=largest("combine"),
+    )

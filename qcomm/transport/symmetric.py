@@ -1,0 +1,116 @@
+"""Symmetric memory: one allocation per rank that every rank of the group can address."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from qcomm.config import Member
+from qcomm.errors import QcommUnsupportedError
+
+PROVIDERS = ("nvshmem", "torch")
+_NVSHMEM_IS_INITIALIZED = 2
+
+
+class SymmetricMemory(Protocol):
+    """This rank's allocation and where the peers' are.
+
+    Attributes:
+        local: `[num_bytes]` uint8 on this rank's GPU.
+        peers: address of every rank's allocation as this GPU sees it, own included.
+    """
+
+    local: torch.Tensor
+    peers: list[int]
+
+    def free(self) -> None:
+        """Free the allocation. Collective."""
+
+
+def available_providers() -> tuple[str, ...]:
+    """Return the providers whose packages are installed, the preferred one first."""
+    found = []
+    if importlib.util.find_spec("nvshmem") is not None:
+        found.append("nvshmem")
+    if importlib.util.find_spec("torch.distributed._symmetric_memory") is not None:
+        found.append("torch")
+    return tuple(found)
+
+
+def allocate(provider: str, num_bytes: int, member: Member) -> SymmetricMemory:
+    """Allocate symmetric memory. Collective.
+
+    Args:
+        provider: "nvshmem" (the heap of nvshmem4py) or "torch" (torch.distributed's symmetric memory).
+        num_bytes: the same on every rank.
+        member: this rank's place.
+
+    Raises:
+        QcommUnsupportedError: the provider cannot serve this group.
+    """
+    return NvshmemMemory(num_bytes, member) if provider == "nvshmem" else TorchMemory(num_bytes, member)
+
+
+class NvshmemMemory:
+    """Memory on the NVSHMEM symmetric heap.
+
+    NVSHMEM is a process-wide runtime: the first buffer of a process starts it for its group, if nobody has, and it
+    runs until the process ends.
+    """
+
+    def __init__(self, num_bytes: int, member: Member) -> None:
+        import nvshmem.core as nvshmem
+
+        if nvshmem.init_status() < _NVSHMEM_IS_INITIALIZED:
+            _start_nvshmem(nvshmem, member)
+        if nvshmem.n_pes() != member.num_ranks:
+            raise QcommUnsupportedError(
+                f"provider 'nvshmem' needs a group of all {nvshmem.n_pes()} NVSHMEM PEs, got {member.num_ranks} ranks; "
+                "use provider='torch'",
+                rank=member.rank,
+                phase="buffer.create",
+                expected=nvshmem.n_pes(),
+                seen=member.num_ranks,
+            )
+        self._nvshmem = nvshmem
+        pes: list[int] = [0] * member.num_ranks
+        dist.all_gather_object(pes, nvshmem.my_pe(), group=member.group)
+        self.local: torch.Tensor = nvshmem.tensor((num_bytes,), dtype=torch.uint8)
+        self.peers = [
+            self.local.data_ptr() if pe == nvshmem.my_pe() else nvshmem.get_peer_tensor(self.local, pe).data_ptr()
+            for pe in pes
+        ]
+
+    def free(self) -> None:
+        """Free the allocation. Collective."""
+        self._nvshmem.free_tensor(self.local)
+
+
+class TorchMemory:
+    """torch.distributed's symmetric memory, on its CUDA backend: one host."""
+
+    def __init__(self, num_bytes: int, member: Member) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.local = symmetric.empty(num_bytes, dtype=torch.uint8, device=member.device)
+        handle = symmetric.rendezvous(self.local, member.group.group_name)
+        self.peers = [int(address) for address in handle.buffer_ptrs]
+        self._handle: Any = handle
+
+    def free(self) -> None:
+        """Free the allocation."""
+        self._handle = None
+        self.local = torch.empty(0, dtype=torch.uint8)
+
+
+def _start_nvshmem(nvshmem: Any, member: Member) -> None:
+    from cuda.core import Device
+
+    device = Device(member.device.index)
+    device.set_current()
+    box = [nvshmem.get_unique_id(empty=member.rank != 0)]
+    dist.broadcast_object_list(box, src=member.global_rank(0), group=member.group)
+    nvshmem.init(device=device, uid=box[0], rank=member.rank, nranks=member.num_ranks, initializer_method="uid")

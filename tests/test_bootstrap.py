@@ -1,0 +1,71 @@
+"""Start-up of the process group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qcomm import bootstrap
+
+LAUNCHER_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_RANK",
+)
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"),
+    [
+        ({}, "single"),
+        ({"RANK": "0"}, "single"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "torchrun"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, "mpirun"),
+        ({"PMI_SIZE": "3"}, "mpirun"),
+        ({"TORCHELASTIC_RUN_ID": "none", "OMPI_COMM_WORLD_SIZE": "3"}, "torchrun"),
+    ],
+    ids=str,
+)
+def test_find_launcher(environ: dict[str, str], launcher: str) -> None:
+    assert bootstrap.find_launcher(environ) == launcher
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_single_process() -> None:
+    for _ in range(2):
+        with bootstrap.process_group(use_cuda=False) as launch:
+            assert launch == bootstrap.Launch("single", 0, 1, 0, 1, torch.device("cpu"))
+            total = torch.ones(3)
+            dist.all_reduce(total)
+            assert total.tolist() == [1, 1, 1]
+        assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_failure_in_the_block_ends_the_group() -> None:
+    with pytest.raises(KeyError), bootstrap.process_group(use_cuda=False):
+        raise KeyError
+    assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_one_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(bootstrap._free_port())
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    with bootstrap.process_group(use_cuda=False) as launch:
+        assert launch == bootstrap.Launch("torchrun", 0, 1, 0, 1, torch.device("cpu"))
