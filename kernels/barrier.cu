@@ -7,6 +7,7 @@
 
 struct BarrierParams {
     Comm comm;
+    uint64_t* overflows;  // out [2], or null
 };
 
 extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
@@ -20,4 +21,5 @@ extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     }
     __syncthreads();
     if (threadIdx.x == 0) comm.state->epoch = epoch;
+    if (threadIdx.x < 2 && p.overflows != nullptr) p.overflows[threadIdx.x] = 0;
 }

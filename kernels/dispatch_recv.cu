@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(256)
         if (!__shfl_sync(kAllLanes, arrived, 0)) return;
         const uint8_t* bytes = region<uint8_t>(comm, comm.rank, comm.dispatch_records) + index * kRecordBytes;
         uint32_t record_overflows = 0;
-#pragma unroll 2
+#pragma unroll 7
         for (int step = 0; step < kVecsPerLane; ++step) {
             const int vec = step * 32 + lane;
             const RowVec out = convert(read_record(bytes, vec), p.quantizer, record_overflows);

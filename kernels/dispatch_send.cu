@@ -13,6 +13,7 @@ struct DispatchSendParams {
     int64_t sf_group_stride;   // elements
     Quantizer quantizer;
     int32_t num_tokens;
+    int32_t after_route;  // whether the call began with route, and this kernel must wait for the peers'
 };
 
 static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
@@ -27,9 +28,17 @@ extern "C" __global__ void dispatch_send(const __grid_constant__ DispatchSendPar
     extern __shared__ __align__(16) uint8_t shared[];
     const Comm& comm = p.comm;
     if (timed_out(comm)) return;
+    const uint32_t epoch = comm.state->epoch;
+    if (p.after_route) {
+        bool came = true;
+        if (threadIdx.x < comm.num_ranks) {
+            const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.route_flags) + threadIdx.x;
+            came = wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
+        }
+        if (!__syncthreads_and(came)) return;
+    }
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int num_warps = gridDim.x * (blockDim.x / 32);
-    const uint32_t epoch = comm.state->epoch;
     Sender sender(shared + warp * 2 * kRecordBytes, epoch);
 
     for (int token = blockIdx.x + gridDim.x * warp; token < p.num_tokens; token += num_warps) {
@@ -48,7 +57,7 @@ extern "C" __global__ void dispatch_send(const __grid_constant__ DispatchSendPar
                 reinterpret_cast<uint32_t*>(stage + kScaleOffset)[i] = sf[i];
             }
         } else {
-#pragma unroll 2
+#pragma unroll 7
             for (int i = 0; i < kVecsPerLane; ++i) {
                 const int vec = i * 32 + lane;
                 const bool active = vec < kNumVecs;

@@ -28,7 +28,6 @@ struct State {
     uint32_t epoch;
     uint32_t timed_out;
     uint32_t route_blocks_done;
-    uint32_t place_blocks_done;
     int32_t bad_token;
 };
 
@@ -37,6 +36,8 @@ struct Comm {
     uint8_t* peer[kMaxRanks];
     State* state;
     HostReports* reports;
+    uint32_t* chunk_flags;   // [kMaxChunks], this rank's own
+    uint32_t* chunk_counts;  // [kMaxChunks][num_experts + num_ranks], this rank's own
     uint64_t deadline_ns;
     uint64_t barrier_flags;  // uint32 [num_ranks]
     uint64_t route_flags;    // uint32 [num_ranks]

@@ -33,6 +33,7 @@ struct PlaceParams {
     float* row_weights;              // out [rows], or null by token
     int32_t* num_tokens_per_expert;  // out [num_local_experts]
     int32_t* group_offsets;          // out [num_local_experts + 1], or null by token
+    uint64_t* overflows;             // out [2]
     int32_t* host;                   // out, pinned: see place_host in qcomm/ops/route.py; null in static mode
     int32_t host_sequence;
     int32_t capacity;         // rows there are
@@ -81,12 +82,13 @@ __device__ __forceinline__ uint32_t ranks_of(const Comm& comm, const int (&exper
 }
 
 // Numbers each token within its destination ranks and its experts, in token order, and writes every record's
-// metadata and this rank's counts to the peers.
+// metadata and this rank's counts to the peers. Counts the call in state->epoch.
 //
-// Grid ceil(num_tokens / chunk), at least 1. Dynamic shared memory: (num_experts + num_ranks) * (1 + chunk /
-// 32) words: how many earlier tokens go to each expert and rank, then for each a bitmap of the chunk's
-// tokens. Every block counts the tokens before its chunk anew, which costs less than passing the counts from
-// block to block. The last block to finish raises this rank's route flag in every peer.
+// Grid ceil(num_tokens / chunk), at least 1 and at most kMaxChunks; 512 threads. Dynamic shared memory:
+// (num_experts + num_ranks) * (1 + chunk / 32) words: how many earlier tokens go to each expert and rank,
+// then for each a bitmap of the chunk's tokens. A block publishes its chunk's counts and adds up those of the
+// chunks before it; blocks start in order, so it waits only for blocks that run. The last block to finish
+// raises this rank's route flag in every peer.
 extern "C" __global__ void __launch_bounds__(512) route(const __grid_constant__ RouteParams p) {
     extern __shared__ uint32_t shared[];
     const Comm& comm = p.comm;
@@ -97,22 +99,12 @@ extern "C" __global__ void __launch_bounds__(512) route(const __grid_constant__ 
     const int begin = blockIdx.x * p.chunk;
     const int end = min(begin + p.chunk, p.num_tokens);
     const uint32_t epoch = comm.state->epoch + 1;
-    int experts[kNumTopk];
 
     for (int i = threadIdx.x; i < num_keys * (1 + words); i += blockDim.x)
         shared[i] = 0;
     __syncthreads();
-    for (int token = threadIdx.x; token < begin; token += blockDim.x) {
-        load_experts(p, token, experts);
-#pragma unroll
-        for (int j = 0; j < kNumTopk; ++j) {
-            if (experts[j] >= 0) atomicAdd(before + experts[j], 1u);
-        }
-        for (uint32_t ranks = ranks_of(comm, experts); ranks != 0; ranks &= ranks - 1) {
-            atomicAdd(before + comm.num_experts + __ffs(ranks) - 1, 1u);
-        }
-    }
     for (int token = begin + threadIdx.x; token < end; token += blockDim.x) {
+        int experts[kNumTopk];
         if (load_experts(p, token, experts)) atomicMin(&comm.state->bad_token, token);
         const int word = (token - begin) / 32;
         const uint32_t bit = 1u << ((token - begin) % 32);
@@ -123,6 +115,29 @@ extern "C" __global__ void __launch_bounds__(512) route(const __grid_constant__ 
         for (uint32_t ranks = ranks_of(comm, experts); ranks != 0; ranks &= ranks - 1) {
             atomicOr(bitmap + (comm.num_experts + __ffs(ranks) - 1) * words + word, bit);
         }
+    }
+    __syncthreads();
+    for (int key = threadIdx.x; key < num_keys; key += blockDim.x) {
+        uint32_t count = 0;
+        for (int w = 0; w < words; ++w)
+            count += __popc(bitmap[key * words + w]);
+        comm.chunk_counts[blockIdx.x * num_keys + key] = count;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) store_release_sys(comm.chunk_flags + blockIdx.x, epoch);
+    for (int chunk = threadIdx.x; chunk < blockIdx.x; chunk += blockDim.x) {
+        wait_flag(comm, comm.chunk_flags + chunk, epoch, comm.rank, kPhaseRoute);
+    }
+    __syncthreads();
+    constexpr int kParts = 4;
+    for (int i = threadIdx.x; i < num_keys * kParts; i += blockDim.x) {
+        const int key = i % num_keys;
+        uint32_t sum = 0;
+#pragma unroll 8
+        for (int chunk = i / num_keys; chunk < blockIdx.x; chunk += kParts) {
+            sum += comm.chunk_counts[chunk * num_keys + key];
+        }
+        if (sum != 0) atomicAdd(before + key, sum);
     }
     __syncthreads();
 
@@ -200,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(512) route(const __grid_constant__ 
     if (threadIdx.x == 0) {
         comm.state->route_blocks_done = 0;
         comm.state->bad_token = 0x7fffffff;
+        comm.state->epoch = epoch;
     }
 }
 
@@ -217,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
     int32_t* start = before + num_ranks * num_local;  // [num_local + 1]
     int32_t* total = start + num_local + 1;           // [num_local]
     int32_t* offsets = total + num_local;             // [num_ranks + 1]
-    const uint32_t epoch = comm.state->epoch + 1;
+    const uint32_t epoch = comm.state->epoch;
     __shared__ int ready;
     if (threadIdx.x == 0) ready = 1;
     __syncthreads();
@@ -270,47 +286,39 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
         const int num_records = offsets[num_ranks];
         const int thread = blockIdx.x * blockDim.x + threadIdx.x, num_threads = gridDim.x * blockDim.x;
 
-        for (int record = thread; record < num_records; record += num_threads) {
+        for (int entry = thread; entry < num_records * kNumTopk; entry += num_threads) {
+            const int record = entry / kNumTopk, j = entry % kNumTopk;
             int source = 0;
             while (record >= offsets[source + 1])
                 ++source;
             const int32_t* words = metadata_of(comm, comm.rank, epoch, source, record - offsets[source]);
-            p.record_src_token[record] = words[0];
-            const bool fits = record < p.capacity;
+            const int token = words[0], expert = words[1 + j], ordinal = words[1 + kNumTopk + j];
+            const float weight = __int_as_float(words[1 + 2 * kNumTopk + j]);
+            p.record_topk_idx[entry] = expert;
+            p.record_topk_weights[entry] = weight;
+            int row = -1;
             if (p.layout == kTokenMajor) {
-                p.record_rows[record] = fits ? record : -1;
-                if (fits) {
-                    p.row_record[record] = record;
-                    p.row_src[2 * record] = source;
-                    p.row_src[2 * record + 1] = words[0];
-                }
-            }
-            for (int j = 0; j < kNumTopk; ++j) {
-                const int expert = words[1 + j];
-                const float weight = __int_as_float(words[1 + 2 * kNumTopk + j]);
-                const int64_t entry = static_cast<int64_t>(record) * kNumTopk + j;
-                p.record_topk_idx[entry] = expert;
-                p.record_topk_weights[entry] = weight;
-                if (p.layout == kTokenMajor) continue;
-                int row = -1;
+                if (j == 0 && record < p.capacity) row = record;
+                if (j == 0) p.record_rows[record] = row;
+            } else {
                 if (expert >= 0) {
-                    row = start[expert] + before[source * num_local + expert] + words[1 + kNumTopk + j];
+                    row = start[expert] + before[source * num_local + expert] + ordinal;
                     if (row >= (p.layout == kBatched ? start[expert + 1] : p.capacity)) row = -1;
                 }
                 p.record_rows[entry] = row;
-                if (row < 0) continue;
+                if (row >= 0) p.row_weights[row] = weight;
+            }
+            if (j == 0) p.record_src_token[record] = token;
+            if (row >= 0) {
                 p.row_record[row] = record;
-                p.row_src[2 * row] = source;
-                p.row_src[2 * row + 1] = words[0];
-                p.row_weights[row] = weight;
+                reinterpret_cast<int2*>(p.row_src)[row] = make_int2(source, token);
             }
         }
 
         const auto clear = [&](int begin, int end) {
             for (int row = begin + threadIdx.x; row < min(end, p.capacity); row += blockDim.x) {
                 p.row_record[row] = -1;
-                p.row_src[2 * row] = -1;
-                p.row_src[2 * row + 1] = -1;
+                reinterpret_cast<int2*>(p.row_src)[row] = make_int2(-1, -1);
                 if (p.row_weights != nullptr) p.row_weights[row] = 0.0f;
             }
         };
@@ -369,15 +377,13 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
     }
 
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence_system();
-        if (p.host != nullptr && blockIdx.x == 0) {
+    if (threadIdx.x == 0 && blockIdx.x == 0) {
+        p.overflows[0] = 0;
+        p.overflows[1] = 0;
+        if (p.host != nullptr) {
             p.host[QCOMM_HOST_READY] = ready;
+            __threadfence_system();
             store_release_sys(reinterpret_cast<uint32_t*>(p.host), p.host_sequence);
-        }
-        if (atomicAdd(&comm.state->place_blocks_done, 1u) == gridDim.x - 1) {
-            comm.state->place_blocks_done = 0;
-            comm.state->epoch = epoch;
         }
     }
 }

@@ -350,6 +350,7 @@ class Buffer:
         if handle.recv_layout == "batched":
             rows = (self.num_local_experts, handle.rows_per_expert)
         validate.tensor("y", y, shape=(*rows, self._config.hidden), dtypes=(torch.bfloat16,), device=self.device)
+        validate.seed(seed)
         wire = self._config.precision.leg("combine", backward)
         out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
         return (out, event) if async_op else out
@@ -420,6 +421,9 @@ class Buffer:
 
 
 def _check_options(options: DispatchOptions) -> None:
+    validate.seed(options.seed)
+    for name, value in (("columnwise", options.columnwise), ("static", options.static), ("async_op", options.async_op)):
+        validate.boolean(name, value)
     validate.one_of("recv_layout", options.recv_layout, RECV_LAYOUTS)
     validate.one_of("recv_dtype", options.recv_dtype, RECV_DTYPES)
     validate.positive("alignment", options.alignment)
@@ -446,6 +450,6 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return device

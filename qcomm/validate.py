@@ -28,6 +28,26 @@ def multiple(name: str, value: int, of: int) -> None:
         raise ValueError(f"{name} must be a multiple of {of}, got {value}")
 
 
+def at_most(name: str, value: int, limit: int) -> None:
+    """Require an int that is not above a limit."""
+    if value > limit:
+        raise ValueError(f"{name} must be at most {limit}, got {value}")
+
+
+def seed(value: object) -> None:
+    """Require a seed of random bits: an int of at most 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"seed must be an int, got {type(value).__name__}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {value}")
+
+
+def boolean(name: str, value: object) -> None:
+    """Require a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
     """Require one of the choices."""
     if value not in choices:

@@ -17,6 +17,7 @@ LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
 )
 
 

@@ -43,7 +43,6 @@ class State(ctypes.Structure):
         ("epoch", ctypes.c_uint32),
         ("timed_out", ctypes.c_uint32),
         ("route_blocks_done", ctypes.c_uint32),
-        ("place_blocks_done", ctypes.c_uint32),
         ("bad_token", ctypes.c_int32),
     )
 
@@ -55,6 +54,8 @@ class Comm(ctypes.Structure):
         ("peer", ctypes.c_uint64 * MAX_RANKS),
         ("state", ctypes.c_uint64),
         ("reports", ctypes.c_uint64),
+        ("chunk_flags", ctypes.c_uint64),
+        ("chunk_counts", ctypes.c_uint64),
         ("deadline_ns", ctypes.c_uint64),
         ("barrier_flags", ctypes.c_uint64),
         ("route_flags", ctypes.c_uint64),
@@ -92,7 +93,7 @@ class Quantizer(ctypes.Structure):
 class BarrierParams(ctypes.Structure):
     """See `BarrierParams` in kernels/barrier.cu."""
 
-    _fields_ = (("comm", Comm),)
+    _fields_ = (("comm", Comm), ("overflows", ctypes.c_uint64))
 
 
 class Launcher(NamedTuple):
@@ -145,9 +146,9 @@ def barrier_spec() -> KernelSpec:
     return spec("barrier", "barrier")
 
 
-def launch_barrier(launcher: Launcher, stream: int) -> None:
-    """Start a call that needs no routing."""
-    params = BarrierParams(launcher.comm)
+def launch_barrier(launcher: Launcher, stream: int, overflows: torch.Tensor | None) -> None:
+    """Start a call that needs no routing; zeroes the overflow counters of the receive that follows."""
+    params = BarrierParams(launcher.comm, pointer(overflows))
     launcher.kernels.get(barrier_spec()).launch(1, 32, 0, stream, params)
 
 

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from qcomm.exchange import DispatchOptions, Payload, WireInput
-from qcomm.formats import FP8_GROUP_SIZE, WIRE_KINDS, Rounding, WireFormat
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, Rounding, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, sender_warps, spec, wire_constants
@@ -30,6 +30,7 @@ class DispatchSendParams(ctypes.Structure):
         ("sf_group_stride", ctypes.c_int64),
         ("quantizer", Quantizer),
         ("num_tokens", ctypes.c_int32),
+        ("after_route", ctypes.c_int32),
     )
 
 
@@ -80,7 +81,13 @@ def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) 
 
 
 def launch_send(
-    launcher: Launcher, stream: int, x: WireInput, send_slot: torch.Tensor, wire: WireFormat, seed: int
+    launcher: Launcher,
+    stream: int,
+    x: WireInput,
+    send_slot: torch.Tensor,
+    wire: WireFormat,
+    seed: int,
+    after_route: bool,
 ) -> None:
     """Encode every token and copy its record to its ranks."""
     num_tokens, hidden = x.shape
@@ -101,6 +108,7 @@ def launch_send(
         *strides,
         Quantizer.of(wire, seed, launcher.comm.rank),
         num_tokens,
+        int(after_route),
     )
     record_bytes = RecordLayout(wire.kind, hidden).num_bytes
     warps = sender_warps(record_bytes)
@@ -109,26 +117,43 @@ def launch_send(
 
 
 def launch_recv(
-    launcher: Launcher, stream: int, handle: DispatchHandle, options: DispatchOptions, hidden: int
+    launcher: Launcher,
+    stream: int,
+    handle: DispatchHandle,
+    options: DispatchOptions,
+    hidden: int,
+    overflows: torch.Tensor,
+    num_rows: int,
+    rows_per_expert: int,
 ) -> Payload:
-    """Allocate the received rows, and fill them as records arrive."""
-    rows, groups, device = handle.num_rows, hidden // FP8_GROUP_SIZE, handle.send_slot.device
+    """Allocate the received rows, and fill them as records arrive.
+
+    Args:
+        launcher: kernels and symmetric memory.
+        stream: to launch on.
+        handle: where records go; may be longer than num_rows.
+        options: the call's options.
+        hidden: elements in a token.
+        overflows: `[2]` int64, zeroed on the stream before.
+        num_rows: rows of the result.
+        rows_per_expert: rows of one expert in the "batched" layout, else 0.
+    """
+    device = overflows.device
     sf: torch.Tensor | None = None
     x_columnwise = sf_columnwise = None
     sf_strides = (0, 0, 0)
     if options.recv_dtype == "bf16":
-        x = torch.empty(rows, hidden, dtype=torch.bfloat16, device=device)
+        x = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=device)
     elif options.recv_dtype == "mxfp4":
-        x = torch.empty(rows, hidden // 2, dtype=torch.uint8, device=device)
-        sf = torch.empty(rows, hidden // 32, dtype=torch.uint8, device=device)
+        x = torch.empty(num_rows, hidden // 2, dtype=torch.uint8, device=device)
+        sf = torch.empty(num_rows, hidden // BLOCK_SIZE, dtype=torch.uint8, device=device)
     else:
-        x = torch.empty(rows, hidden, dtype=torch.float8_e4m3fn, device=device)
-        sf = empty_scales(rows, groups, options.sf_layout, device)
-        sf_strides = (handle.rows_per_expert * sf.stride(0), sf.stride(0), sf.stride(1))
+        x = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
+        sf = empty_scales(num_rows, hidden // FP8_GROUP_SIZE, options.sf_layout, device)
+        sf_strides = (rows_per_expert * sf.stride(0), sf.stride(0), sf.stride(1))
     if options.columnwise:
-        x_columnwise = torch.empty(rows * hidden, dtype=torch.float8_e4m3fn, device=device)
-        sf_columnwise = torch.empty(rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
-    overflows = torch.zeros(2, dtype=torch.int64, device=device)
+        x_columnwise = torch.empty(num_rows * hidden, dtype=torch.float8_e4m3fn, device=device)
+        sf_columnwise = torch.empty(num_rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
     params = DispatchRecvParams(
         launcher.comm,
         handle.recv_offsets.data_ptr(),
@@ -143,7 +168,7 @@ def launch_recv(
         *sf_strides,
         Quantizer.of(WireFormat("mxfp4"), 0, 0),
         handle.record_rows.shape[1],
-        handle.rows_per_expert,
+        rows_per_expert,
     )
     kernel = launcher.kernels.get(recv_spec(options.recv_dtype, options.columnwise, _decoding(options.wire), hidden))
     kernel.launch(_RECV_BLOCKS_PER_SM * launcher.num_sms, _RECV_THREADS, 0, stream, params)

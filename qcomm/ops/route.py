@@ -15,9 +15,9 @@ HOST_SEQUENCE, HOST_READY, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_FIXED = range(5)
 """Words of the host table that `place` fills: sequence number, whether every peer came in time, bad
 rank and token (-1 for none), then `recv_offsets` [num_ranks + 1] and tokens per local expert [num_local_experts]."""
 
+MAX_CHUNKS = 128
 _ROUTE_THREADS = 512
 _PLACE_THREADS = 256
-_MAX_CHUNKS = 128
 
 
 class RouteParams(ctypes.Structure):
@@ -48,6 +48,7 @@ class PlaceParams(ctypes.Structure):
         ("row_weights", ctypes.c_uint64),
         ("num_tokens_per_expert", ctypes.c_uint64),
         ("group_offsets", ctypes.c_uint64),
+        ("overflows", ctypes.c_uint64),
         ("host", ctypes.c_uint64),
         ("host_sequence", ctypes.c_int32),
         ("capacity", ctypes.c_int32),
@@ -76,7 +77,7 @@ def route_spec(name: str, num_topk: int, index_bytes: int) -> KernelSpec:
 
 def route_chunk(num_tokens: int) -> int:
     """Return the tokens a block numbers: at most 128 blocks, in whole bitmap words."""
-    return max(32, align(-(-num_tokens // _MAX_CHUNKS), 32))
+    return max(32, align(-(-num_tokens // MAX_CHUNKS), 32))
 
 
 def launch_route(

@@ -21,6 +21,7 @@ from qcomm.formats import WireFormat
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
 from qcomm.records import MetadataLayout
 from qcomm.transport.base import overflow_error, received
+from qcomm.transport.streams import record_stream
 
 
 class CollectiveTransport:
@@ -45,14 +46,16 @@ class CollectiveTransport:
         topk_weights: torch.Tensor | None,
         options: DispatchOptions,
     ) -> tuple[Received, DispatchHandle, Event]:
-        with _Async(self._member.device, self._comm_stream, options.async_op) as run:
+        with _Async(self._member.device, self._comm_stream, options.async_op, x) as run:
             handle = self._route(topk_idx, topk_weights, options)
             received = self._send(x, handle, options)
+            run.keep(received, handle)
         return received, handle, run.event
 
     def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
-        with _Async(self._member.device, self._comm_stream, options.async_op) as run:
+        with _Async(self._member.device, self._comm_stream, options.async_op, x) as run:
             received = self._send(x, handle, options)
+            run.keep(received)
         return received, run.event
 
     def combine(
@@ -64,8 +67,9 @@ class CollectiveTransport:
         seed: int,
         async_op: bool,
     ) -> tuple[torch.Tensor, Event]:
-        with _Async(self._member.device, self._comm_stream, async_op) as run:
+        with _Async(self._member.device, self._comm_stream, async_op, y) as run:
             out = self._combine(y, handle, wire, weighted, seed)
+            run.keep(out)
         return out, run.event
 
     def check(self) -> QcommError | None:
@@ -301,17 +305,25 @@ class _Noted:
 class _Async:
     """Runs the body on the communication stream if asked to, and records the event to wait on."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None, async_op: bool) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None, async_op: bool, *inputs: object) -> None:
         self._device = device
         self._stream = stream if async_op else None
+        self._inputs = inputs
         self.event: Event = CompletedEvent()
 
     def __enter__(self) -> _Async:
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._caller = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(self._caller)
+            record_stream(self._stream, *self._inputs)
             self._context = torch.cuda.stream(self._stream)
             self._context.__enter__()
         return self
+
+    def keep(self, *results: object) -> None:
+        """Tell the allocator that the caller's stream uses the results."""
+        if self._stream is not None:
+            record_stream(self._caller, *results)
 
     def __exit__(self, *exc: object) -> None:
         if self._device.type == "cuda":

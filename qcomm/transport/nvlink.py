@@ -12,8 +12,10 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +36,7 @@ from qcomm.ops import combine, dispatch, route
 from qcomm.ops.comm import (
     BAD_ROUTE,
     MAX_RANKS,
+    MAX_TOPK,
     PHASES,
     Comm,
     HostReports,
@@ -41,10 +44,12 @@ from qcomm.ops.comm import (
     Report,
     State,
     launch_barrier,
+    pointer,
 )
 from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import overflow_error, received
+from qcomm.transport.streams import record_stream
 from qcomm.transport.symmetric import allocate
 
 _HOST_GRACE_S = 5.0
@@ -74,6 +79,7 @@ class NvlinkTransport:
                 expected=MAX_RANKS,
                 seen=member.num_ranks,
             )
+        validate.at_most("num_topk on the nvlink backend", config.num_topk, MAX_TOPK)
         self._config, self._member, self._owner = config, member, owner
         self._layout = _symmetric_layout(config, member)
         self._comm_stream = comm_stream
@@ -83,6 +89,8 @@ class NvlinkTransport:
         with torch.cuda.device(member.device):
             self._memory = allocate(provider, self._layout.num_bytes, member)
             self._state = torch.zeros(ctypes.sizeof(State), dtype=torch.uint8, device=member.device)
+            chunk_words = 1 + config.num_experts + member.num_ranks
+            self._chunks = torch.zeros(route.MAX_CHUNKS * chunk_words, dtype=torch.int32, device=member.device)
             self._reports = torch.zeros(ctypes.sizeof(HostReports), dtype=torch.uint8, pin_memory=True)
             host_words = route.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
             self._host = torch.zeros(host_words, dtype=torch.int32, pin_memory=True)
@@ -107,11 +115,16 @@ class NvlinkTransport:
         _check_addresses(x)
         hidden = self._config.hidden
         with self._call(options.async_op, x, topk_idx, topk_weights) as call:
-            draft = self._route(call.stream, topk_idx, topk_weights, options)
+            overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
+            draft = self._draft(topk_idx, topk_weights, options)
+            route.launch_route(self._launcher, call.stream, topk_idx, topk_weights, draft.send_slot)
             with call.sending() as stream:
-                dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed)
-            handle = draft if options.static else self._settle(draft, options, topk_idx)
-            payload = dispatch.launch_recv(self._launcher, call.stream, handle, options, hidden)
+                dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed, True)
+            self._launch_place(call.stream, draft, options, overflows)
+            counts = None if options.static else self._wait_for_counts(options, topk_idx)
+            rows = (draft.num_rows, draft.rows_per_expert) if counts is None else counts.rows
+            payload = dispatch.launch_recv(self._launcher, call.stream, draft, options, hidden, overflows, *rows)
+            handle = draft if counts is None else _cut(draft, counts)
             result = received(payload, handle, options)
             call.keep(result, handle)
         return result, handle, call.event
@@ -119,10 +132,20 @@ class NvlinkTransport:
     def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
         _check_addresses(x)
         with self._call(options.async_op, x) as call:
-            launch_barrier(self._launcher, call.stream)
+            overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
+            launch_barrier(self._launcher, call.stream, overflows)
             with call.sending() as stream:
-                dispatch.launch_send(self._launcher, stream, x, handle.send_slot, options.wire, options.seed)
-            payload = dispatch.launch_recv(self._launcher, call.stream, handle, options, self._config.hidden)
+                dispatch.launch_send(self._launcher, stream, x, handle.send_slot, options.wire, options.seed, False)
+            payload = dispatch.launch_recv(
+                self._launcher,
+                call.stream,
+                handle,
+                options,
+                self._config.hidden,
+                overflows,
+                handle.num_rows,
+                handle.rows_per_expert,
+            )
             result = received(payload, handle, options)
             call.keep(result)
         return result, call.event
@@ -138,7 +161,7 @@ class NvlinkTransport:
     ) -> tuple[torch.Tensor, Event]:
         _check_addresses(y)
         with self._call(async_op, y) as call:
-            launch_barrier(self._launcher, call.stream)
+            launch_barrier(self._launcher, call.stream, None)
             with call.sending() as stream:
                 combine.launch_send(self._launcher, stream, y, handle, wire, weighted, seed)
             out = combine.launch_recv(self._launcher, call.stream, handle, wire, self._config.hidden)
@@ -177,6 +200,7 @@ class NvlinkTransport:
         state = State(bad_token=_NO_BAD_TOKEN)
         self._state.copy_(torch.frombuffer(bytearray(state), dtype=torch.uint8))
         self._reports.zero_()
+        self._chunks.zero_()
         torch.cuda.synchronize(self._member.device)
         self._last = None
         synchronize_hosts(self._member)
@@ -188,6 +212,8 @@ class NvlinkTransport:
             peer=(ctypes.c_uint64 * MAX_RANKS)(*addresses),
             state=self._state.data_ptr(),
             reports=self._reports.data_ptr(),
+            chunk_flags=self._chunks.data_ptr(),
+            chunk_counts=self._chunks[route.MAX_CHUNKS :].data_ptr(),
             deadline_ns=round(member.deadline_s * 1e9),
             rank=member.rank,
             num_ranks=member.num_ranks,
@@ -198,77 +224,80 @@ class NvlinkTransport:
             **layout.offsets,
         )
 
-    def _route(
-        self, stream: int, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
+    def _draft(
+        self, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
     ) -> DispatchHandle:
-        """Launch route and place; returns a handle of worst-case length, which `_settle` cuts to the real one."""
+        """Allocate a handle of worst-case length, in one piece of memory."""
         config, num_ranks, num_local = self._config, self._member.num_ranks, self._layout.num_local_experts
+        num_tokens, num_topk = topk_idx.shape
         num_records = num_ranks * config.num_max_tokens_per_rank
-        rows, rows_per_expert = exchange.worst_case_rows(options, num_records, config.num_topk, num_local)
+        rows, rows_per_expert = exchange.worst_case_rows(options, num_records, num_topk, num_local)
         by_token = options.recv_layout == "token_major"
-        width = 1 if by_token else config.num_topk
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=self._member.device)
-
-        def floats(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=self._member.device)
-
-        draft = DispatchHandle(
+        shapes = {
+            "row_src": (rows, 2),
+            "row_weights": (0 if by_token else rows,),
+            "row_record": (rows,),
+            "send_slot": (num_tokens, num_ranks),
+            "recv_offsets": (num_ranks + 1,),
+            "record_src_token": (num_records,),
+            "record_topk_idx": (num_records, num_topk),
+            "record_topk_weights": (num_records, num_topk),
+            "record_rows": (num_records, 1 if by_token else num_topk),
+            "num_tokens_per_expert": (num_local,),
+            "group_offsets": (num_local + 1,),
+        }
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        pieces = torch.empty(sum(sizes), dtype=torch.int32, device=self._member.device).split(sizes)
+        parts = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+        row_weights, group_offsets = parts.pop("row_weights"), parts.pop("group_offsets")
+        record_topk_weights = parts.pop("record_topk_weights").view(torch.float32)
+        return DispatchHandle(
             owner=self._owner,
-            num_tokens=topk_idx.shape[0],
+            num_tokens=num_tokens,
             recv_layout=options.recv_layout,
             alignment=options.alignment,
             static=options.static,
             num_rows=rows,
             rows_per_expert=rows_per_expert,
             has_weights=topk_weights is not None,
-            send_slot=ints(topk_idx.shape[0], num_ranks),
-            recv_offsets=ints(num_ranks + 1),
-            record_src_token=ints(num_records),
-            record_topk_idx=ints(num_records, config.num_topk),
-            record_topk_weights=floats(num_records, config.num_topk),
-            record_rows=ints(num_records, width),
-            row_record=ints(rows),
-            row_src=ints(rows, 2),
-            row_weights=None if by_token else floats(rows),
-            num_tokens_per_expert=ints(num_local),
+            record_topk_weights=record_topk_weights,
+            row_weights=None if by_token else row_weights.view(torch.float32),
             num_tokens_per_expert_list=None,
-            group_offsets=None if by_token else ints(num_local + 1),
+            group_offsets=None if by_token else group_offsets,
             send_counts=None,
             recv_counts=None,
+            **parts,
         )
-        route.launch_route(self._launcher, stream, topk_idx, topk_weights, draft.send_slot)
-        self._sequence += 1
-        route.launch_place(
-            self._launcher,
-            stream,
-            config.num_topk,
-            route.PlaceParams(
-                self._launcher.comm,
-                draft.recv_offsets.data_ptr(),
-                draft.record_src_token.data_ptr(),
-                draft.record_topk_idx.data_ptr(),
-                draft.record_topk_weights.data_ptr(),
-                draft.record_rows.data_ptr(),
-                draft.row_record.data_ptr(),
-                draft.row_src.data_ptr(),
-                0 if draft.row_weights is None else draft.row_weights.data_ptr(),
-                draft.num_tokens_per_expert.data_ptr(),
-                0 if draft.group_offsets is None else draft.group_offsets.data_ptr(),
-                0 if options.static else self._host.data_ptr(),
-                self._sequence,
-                rows,
-                rows_per_expert if options.static else 0,
-                options.alignment,
-                route.layout_number(options.recv_layout),
-                int(options.static),
-            ),
-        )
-        return draft
 
-    def _settle(self, draft: DispatchHandle, options: DispatchOptions, topk_idx: torch.Tensor) -> DispatchHandle:
-        """Wait for the counts and cut the handle to what really comes."""
+    def _launch_place(
+        self, stream: int, draft: DispatchHandle, options: DispatchOptions, overflows: torch.Tensor
+    ) -> None:
+        self._sequence += 1
+        params = route.PlaceParams(
+            self._launcher.comm,
+            draft.recv_offsets.data_ptr(),
+            draft.record_src_token.data_ptr(),
+            draft.record_topk_idx.data_ptr(),
+            draft.record_topk_weights.data_ptr(),
+            draft.record_rows.data_ptr(),
+            draft.row_record.data_ptr(),
+            draft.row_src.data_ptr(),
+            pointer(draft.row_weights),
+            draft.num_tokens_per_expert.data_ptr(),
+            pointer(draft.group_offsets),
+            overflows.data_ptr(),
+            0 if options.static else self._host.data_ptr(),
+            self._sequence,
+            draft.num_rows,
+            draft.rows_per_expert if options.static else 0,
+            options.alignment,
+            route.layout_number(options.recv_layout),
+            int(options.static),
+        )
+        route.launch_place(self._launcher, stream, self._config.num_topk, params)
+
+    def _wait_for_counts(self, options: DispatchOptions, topk_idx: torch.Tensor) -> _Counts:
+        """Wait for what comes, which `place` tells the host; raise if a rank cannot take part."""
         member, host = self._member, self._host_view
         limit = time.monotonic() + member.deadline_s + _HOST_GRACE_S
         while host[route.HOST_SEQUENCE] != self._sequence:
@@ -298,21 +327,7 @@ class NvlinkTransport:
         first = route.HOST_FIXED + member.num_ranks + 1
         offsets = host[route.HOST_FIXED : first].tolist()
         per_expert = tuple(host[first:].tolist())
-        num_rows, rows_per_expert = exchange.exact_rows(options, offsets[-1], per_expert)
-        return dataclasses.replace(
-            draft,
-            num_rows=num_rows,
-            rows_per_expert=rows_per_expert,
-            record_src_token=draft.record_src_token[: offsets[-1]],
-            record_topk_idx=draft.record_topk_idx[: offsets[-1]],
-            record_topk_weights=draft.record_topk_weights[: offsets[-1]],
-            record_rows=draft.record_rows[: offsets[-1]],
-            row_record=draft.row_record[:num_rows],
-            row_src=draft.row_src[:num_rows],
-            row_weights=None if draft.row_weights is None else draft.row_weights[:num_rows],
-            num_tokens_per_expert_list=per_expert,
-            recv_counts=tuple(b - a for a, b in itertools.pairwise(offsets)),
-        )
+        return _Counts(offsets, per_expert, exchange.exact_rows(options, offsets[-1], per_expert))
 
     def _timeout_error(self, report: Report) -> QcommTimeoutError:
         phase = PHASES[report.phase]
@@ -333,7 +348,7 @@ class NvlinkTransport:
         main = self._comm_stream if async_op else caller
         if async_op:
             main.wait_stream(caller)
-            _record_stream(main, *inputs)
+            record_stream(main, *inputs)
         capturing = torch.cuda.is_current_stream_capturing()
         if self._last is not None and not capturing:
             main.wait_event(self._last)
@@ -345,6 +360,33 @@ class NvlinkTransport:
             call.join()
             if not capturing:
                 self._last = call.event
+
+
+class _Counts(NamedTuple):
+    """What a rank is about to receive."""
+
+    offsets: list[int]
+    per_expert: tuple[int, ...]
+    rows: tuple[int, int]
+
+
+def _cut(draft: DispatchHandle, counts: _Counts) -> DispatchHandle:
+    """Cut a handle of worst-case length to what comes."""
+    records, (rows, rows_per_expert) = counts.offsets[-1], counts.rows
+    return dataclasses.replace(
+        draft,
+        num_rows=rows,
+        rows_per_expert=rows_per_expert,
+        record_src_token=draft.record_src_token[:records],
+        record_topk_idx=draft.record_topk_idx[:records],
+        record_topk_weights=draft.record_topk_weights[:records],
+        record_rows=draft.record_rows[:records],
+        row_record=draft.row_record[:rows],
+        row_src=draft.row_src[:rows],
+        row_weights=None if draft.row_weights is None else draft.row_weights[:rows],
+        num_tokens_per_expert_list=counts.per_expert,
+        recv_counts=tuple(b - a for a, b in itertools.pairwise(counts.offsets)),
+    )
 
 
 class _Call:
@@ -361,33 +403,15 @@ class _Call:
         self._side.wait_stream(self._main)
         yield self._side.cuda_stream
 
-    def keep(self, *results: Received | DispatchHandle | torch.Tensor) -> None:
+    def keep(self, *results: object) -> None:
         """Tell the allocator that the caller's stream uses the results of an async call."""
-        if self._main == self._caller:
-            return
-        for result in results:
-            if isinstance(result, torch.Tensor):
-                _record_stream(self._caller, result)
-                continue
-            for field in dataclasses.fields(result):
-                value = getattr(result, field.name)
-                if isinstance(value, torch.Tensor):
-                    _record_stream(self._caller, value)
+        if self._main != self._caller:
+            record_stream(self._caller, *results)
 
     def join(self) -> None:
         """End the call: the main stream waits for the sends."""
         self._main.wait_stream(self._side)
         self.event.record(self._main)
-
-
-def _record_stream(stream: torch.cuda.Stream, *tensors: WireInput | None) -> None:
-    for t in tensors:
-        if isinstance(t, FP8Tensor):
-            _record_stream(stream, t.data, t.sf)
-        elif isinstance(t, MXFP4Tensor):
-            _record_stream(stream, t.qdata, t.sf)
-        elif t is not None:
-            t.record_stream(stream)
 
 
 def _check_addresses(x: WireInput) -> None:

@@ -49,6 +49,7 @@ class _Seat:
     host: str
     device_uuid: str
     reachable_uuids: tuple[str, ...]
+    nvshmem: tuple[int, int] | None
     visible_uuids: tuple[str, ...]
 
 
@@ -82,6 +83,8 @@ def choose(config: BufferConfig, member: Member) -> Choice:
     obstacle = _obstacle(seats)
     if obstacle is None:
         common = [p for p in symmetric.PROVIDERS if all(p in seat.capability.providers for seat in seats)]
+        if "nvshmem" in common and not _one_nvshmem([seat.nvshmem for seat in seats]):
+            common.remove("nvshmem")
         wanted = common if config.provider == "auto" else [p for p in common if p == config.provider]
         if wanted:
             how = "asked for" if config.backend == "nvlink" else "every rank reaches every GPU"
@@ -120,13 +123,14 @@ def _seat(device: torch.device) -> _Seat:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
     host = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
     if device.type != "cuda":
-        return _Seat(capability, host, "", (), ())
+        return _Seat(capability, host, "", (), None, ())
     count = torch.cuda.device_count()
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
     reachable = [
         uuids[i] for i in range(count) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)
     ]
-    return _Seat(capability, host, uuids[device.index], tuple(reachable), tuple(uuids))
+    running = symmetric.running_nvshmem() if "nvshmem" in capability.providers else None
+    return _Seat(capability, host, uuids[device.index], tuple(reachable), running, tuple(uuids))
 
 
 def _obstacle(seats: list[_Seat]) -> str | None:
@@ -144,6 +148,12 @@ def _obstacle(seats: list[_Seat]) -> str | None:
             if other.device_uuid in seat.visible_uuids and other.device_uuid not in seat.reachable_uuids:
                 return f"the GPU of rank {rank} cannot reach that of rank {peer}"
     return None
+
+
+def _one_nvshmem(running: list[tuple[int, int] | None]) -> bool:
+    """Tell whether NVSHMEM runs nowhere in the group yet, or runs for exactly this group."""
+    pes = {seat[0] for seat in running if seat is not None}
+    return not pes or (len(pes) == len(running) and all(s is not None and s[1] == len(running) for s in running))
 
 
 def _importable(module: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,17 @@ def available_providers() -> tuple[str, ...]:
     return tuple(found)
 
 
+def running_nvshmem() -> tuple[int, int] | None:
+    """Return this process's NVSHMEM PE and the number of PEs, None while NVSHMEM does not run."""
+    if "nvshmem.core" not in sys.modules:
+        return None
+    import nvshmem.core as nvshmem
+
+    if nvshmem.init_status() < _NVSHMEM_IS_INITIALIZED:
+        return None
+    return int(nvshmem.my_pe()), int(nvshmem.n_pes())
+
+
 def allocate(provider: str, num_bytes: int, member: Member) -> SymmetricMemory:
     """Allocate symmetric memory. Collective.
 
@@ -64,7 +76,7 @@ class NvshmemMemory:
     def __init__(self, num_bytes: int, member: Member) -> None:
         import nvshmem.core as nvshmem
 
-        if nvshmem.init_status() < _NVSHMEM_IS_INITIALIZED:
+        if running_nvshmem() is None:
             _start_nvshmem(nvshmem, member)
         if nvshmem.n_pes() != member.num_ranks:
             raise QcommUnsupportedError(
