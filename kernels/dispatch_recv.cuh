@@ -21,6 +21,8 @@ struct DispatchRecvParams {
     Quantizer quantizer;
     int32_t width;
     int32_t rows_per_expert;  // 0 unless "batched"
+    int32_t
+        padded_rows;  // rows below it that hold no record are zeroed; -1 is group_offsets[num_local_experts]
 };
 
 static_assert(sizeof(DispatchRecvParams) == QCOMM_SIZEOF_DISPATCH_RECV,
@@ -30,7 +32,11 @@ enum RecvDtype { kRecvBf16 = QCOMM_BF16, kRecvFp8 = QCOMM_FP8, kRecvMxfp4 = QCOM
 
 constexpr RecvDtype kRecv = static_cast<RecvDtype>(QCOMM_RECV);
 
-// One lane's part of a row in the receiver's format, and where its scales go.
+constexpr int kRowBytes = kRecv == kRecvBf16 ? 2 * kHidden : kRecv == kRecvFp8 ? kHidden : kHidden / 2;
+constexpr int kRowScaleWords =
+    kRecv == kRecvBf16 ? 0 : kHidden / 128;  // float32 of fp8, or four bytes of mxfp4
+
+// One lane's part of a row in the receiver's format, with its scales.
 struct RowVec {
     uint4 low;
     uint4 high;
@@ -38,69 +44,64 @@ struct RowVec {
     uint32_t sf;
 };
 
-__device__ __forceinline__ RowVec convert(const WireVec& w, const Quantizer& quantizer, uint32_t& overflows) {
+__device__ __forceinline__ RowVec row_vec(const Fp8Vec& fp8) {
     RowVec out = {};
+    out.low = fp8.data;
+    out.scale = fp8.scale;
+    return out;
+}
+
+__device__ __forceinline__ RowVec row_vec(const Mxfp4Vec& packed) {
+    RowVec out = {};
+    out.low.x = packed.codes.x;
+    out.low.y = packed.codes.y;
+    out.sf = packed.sf;
+    return out;
+}
+
+__device__ __forceinline__ RowVec convert(const WireVec& w, const Quantizer& quantizer, uint32_t& overflows) {
     if constexpr (static_cast<int>(kWire) == static_cast<int>(kRecv)) {
-        out.low = w.low;
-        out.high = w.high;
-        out.scale = w.scale;
-        out.sf = w.sf;
+        return {w.low, w.high, w.scale, w.sf};
     } else if constexpr (kWire == kMxfp4 && kRecv == kRecvFp8 && !kHadamard) {
-        const Fp8Vec fp8 = mxfp4_to_fp8(codes_of(w), w.sf, overflows);
-        out.low = fp8.data;
-        out.scale = fp8.scale;
+        return row_vec(mxfp4_to_fp8(codes_of(w), w.sf, overflows));
+    } else if constexpr (kWire == kBf16 && kRecv == kRecvMxfp4) {
+        return row_vec(quantize_mxfp4(w.low, w.high, quantizer));
     } else if constexpr (kWire == kFp8 && kRecv == kRecvMxfp4) {
         float v[kVec];
         decode_e4m3(w.low, v);
         const int offset = scale_to_odd(v, w.scale);
-        const Mxfp4Vec packed = quantize_mxfp4<false, true>(v, offset, quantizer, 0);
-        out.low.x = packed.codes.x;
-        out.low.y = packed.codes.y;
-        out.sf = packed.sf;
+        return row_vec(quantize_mxfp4<false, true>(v, offset, quantizer, 0));
     } else {
         float v[kVec];
         decode_wire(w, v);
-        if constexpr (kRecv == kRecvBf16) {
-            encode_bf16(v, out.low, out.high);
-        } else if constexpr (kRecv == kRecvFp8) {
-            const Fp8Vec fp8 = quantize_fp8(v);
-            out.low = fp8.data;
-            out.scale = fp8.scale;
-        } else {
-            const Mxfp4Vec packed = quantize_mxfp4<false, false>(v, 0, quantizer, 0);
-            out.low.x = packed.codes.x;
-            out.low.y = packed.codes.y;
-            out.sf = packed.sf;
-        }
+        if constexpr (kRecv == kRecvFp8) return row_vec(quantize_fp8(v));
+        RowVec out = {};
+        encode_bf16(v, out.low, out.high);
+        return out;
     }
-    return out;
 }
 
-__device__ __forceinline__ void write_row(const DispatchRecvParams& p, int row, int vec, const RowVec& out) {
+// Writes one lane's part of a row's data, to global or shared memory.
+__device__ __forceinline__ void write_data(uint8_t* row, int vec, const RowVec& out) {
     if constexpr (kRecv == kRecvBf16) {
-        uint4* data = reinterpret_cast<uint4*>(p.x + static_cast<int64_t>(row) * (2 * kHidden)) + 2 * vec;
-        data[0] = out.low;
-        data[1] = out.high;
+        reinterpret_cast<uint4*>(row)[2 * vec] = out.low;
+        reinterpret_cast<uint4*>(row)[2 * vec + 1] = out.high;
     } else if constexpr (kRecv == kRecvFp8) {
-        reinterpret_cast<uint4*>(p.x + static_cast<int64_t>(row) * kHidden)[vec] = out.low;
-        if (vec % kLanesPerGroup == 0) {
-            int64_t offset = vec / kLanesPerGroup * p.sf_group_stride;
-            if (p.rows_per_expert > 0) {
-                offset +=
-                    row / p.rows_per_expert * p.sf_expert_stride + row % p.rows_per_expert * p.sf_row_stride;
-            } else {
-                offset += row * p.sf_row_stride;
-            }
-            reinterpret_cast<float*>(p.sf)[offset] = out.scale;
-        }
+        reinterpret_cast<uint4*>(row)[vec] = out.low;
     } else {
-        reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(row) * (kHidden / 2))[vec] =
-            make_uint2(out.low.x, out.low.y);
-        if (vec % kLanesPerBlock == 0) {
-            p.sf[static_cast<int64_t>(row) * (kHidden / 32) + vec / kLanesPerBlock] =
-                static_cast<uint8_t>(out.sf);
-        }
+        reinterpret_cast<uint2*>(row)[vec] = make_uint2(out.low.x, out.low.y);
     }
+}
+
+// Where word `word` of a row's scales goes.
+__device__ __forceinline__ uint32_t* scale_word(const DispatchRecvParams& p, int row, int word) {
+    int64_t offset = static_cast<int64_t>(row) * kRowScaleWords + word;
+    if constexpr (kRecv == kRecvFp8) {
+        const int64_t expert = p.rows_per_expert > 0 ? row / p.rows_per_expert : 0;
+        const int64_t index = p.rows_per_expert > 0 ? row % p.rows_per_expert : row;
+        offset = expert * p.sf_expert_stride + index * p.sf_row_stride + word * p.sf_group_stride;
+    }
+    return reinterpret_cast<uint32_t*>(p.sf) + offset;
 }
 
 __device__ __forceinline__ void add_overflows(uint64_t* total, uint32_t overflows) {

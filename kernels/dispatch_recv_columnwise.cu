@@ -7,11 +7,21 @@ constexpr int kThreads = 256;
 constexpr int kRowsPerThread = 4;
 constexpr int kTileStride = kTile + 4;
 
+// Replaces the bytes of the set bits by NaN codes.
+__device__ __forceinline__ uint4 with_nan_bytes(const uint4& data, uint32_t bits) {
+    uint32_t words[4] = {data.x, data.y, data.z, data.w};
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        if (bits >> i & 1) words[i / 4] = (words[i / 4] & ~(0xffu << (8 * (i % 4)))) | 0x7fu << (8 * (i % 4));
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Any grid, 256 threads. A block takes tiles of 128 rows by 128 columns; groups start at multiples of 128, so
 // a tile belongs to one expert. It waits for the flags of the tile's records and writes the tile as
 // dispatch_recv would, and transposed. Thread t holds 16 columns, from 16 * (t % 8) on, of 4 rows, from 4 *
 // (t / 8) on; padding rows hold zeros.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     dispatch_recv_columnwise(const __grid_constant__ DispatchRecvParams p) {
     __shared__ __align__(16) uint8_t tile[kTile * kTileStride];
     __shared__ uint32_t warp_max[kThreads / 32][kTile];
@@ -59,7 +69,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         for (int r = 0; r < kRowsPerThread; ++r) {
             const int index = records[row + r];
             const int vec = (first_column + column) / kVec;
-            RowVec out = {};
             if (index >= 0) {
                 const uint8_t* bytes = region<uint8_t>(comm, comm.rank, comm.dispatch_records) +
                                        static_cast<int64_t>(index) * kRecordBytes;
@@ -68,8 +77,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 parts[r] = {};
                 parts[r].scale = pow2(kMinScaleExponent);
             }
-            out = convert(parts[r], p.quantizer, row_overflows);
-            write_row(p, first_row + row + r, vec, out);
+            const RowVec out = convert(parts[r], p.quantizer, row_overflows);
+            write_data(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
+            if (vec % kLanesPerGroup == 0) {
+                *scale_word(p, first_row + row + r, vec / kLanesPerGroup) = __float_as_uint(out.scale);
+            }
         }
 
         uint4 columns[kRowsPerThread];  // E4M3 under the columns' scales: row r, 16 columns
@@ -104,37 +116,33 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                     sf[column / 4 + c] = make_float4(scale, scale, scale, scale);
             }
         } else {
-            float v[kRowsPerThread][kVec];
+            // Rows are decoded twice, which costs less than keeping them as floats.
+            uint32_t amax[kVec] = {};
 #pragma unroll
-            for (int r = 0; r < kRowsPerThread; ++r)
-                decode_wire(parts[r], v[r]);
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                float v[kVec];
+                decode_wire(parts[r], v);
+#pragma unroll
+                for (int c = 0; c < kVec; ++c)
+                    amax[c] = max(amax[c], __float_as_uint(v[c]) & 0x7fffffffu);
+            }
 #pragma unroll
             for (int c = 0; c < kVec; ++c) {
-                uint32_t amax = 0;
-#pragma unroll
-                for (int r = 0; r < kRowsPerThread; ++r)
-                    amax = max(amax, __float_as_uint(v[r][c]) & 0x7fffffffu);
-                amax = max(amax, __shfl_xor_sync(kAllLanes, amax, 8));
-                amax = max(amax, __shfl_xor_sync(kAllLanes, amax, 16));
-                if (lane < kLanesPerGroup) warp_max[warp][column + c] = amax;
+                amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 8));
+                amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 16));
+                if (lane < kLanesPerGroup) warp_max[warp][column + c] = amax[c];
             }
             __syncthreads();
-            uint32_t words[kRowsPerThread][kVec / 4] = {};
+            float factors[kVec];
+            uint32_t non_finite = 0;
 #pragma unroll
             for (int c = 0; c < kVec; ++c) {
-                uint32_t amax = 0;
 #pragma unroll
                 for (int w = 0; w < kThreads / 32; ++w)
-                    amax = max(amax, warp_max[w][column + c]);
-                const int exponent = fp8_scale_exponent(amax);
-                const float factor = pow2(-exponent);
-#pragma unroll
-                for (int r = 0; r < kRowsPerThread; ++r) {
-                    const uint32_t code = amax >= kInfinityBits
-                                              ? kE4m3NanWord & 0xffu
-                                              : to_e4m3x2(__fmul_rn(v[r][c], factor), 0.0f) & 0xffu;
-                    words[r][c / 4] |= code << (8 * (c % 4));
-                }
+                    amax[c] = max(amax[c], warp_max[w][column + c]);
+                const int exponent = fp8_scale_exponent(amax[c]);
+                factors[c] = pow2(-exponent);
+                if (amax[c] >= kInfinityBits) non_finite |= 1u << c;
                 if (row == 0) {
                     p.sf_columnwise[static_cast<int64_t>(first_row / kTile) * kHidden + first_column +
                                     column + c] = pow2(exponent);
@@ -142,7 +150,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             }
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
-                columns[r] = make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
+                float v[kVec];
+                decode_wire(parts[r], v);
+#pragma unroll
+                for (int c = 0; c < kVec; ++c)
+                    v[c] = __fmul_rn(v[c], factors[c]);
+                columns[r] = encode_e4m3(v, 1.0f);
+                if (non_finite != 0) columns[r] = with_nan_bytes(columns[r], non_finite);
             }
         }
 

@@ -21,10 +21,11 @@ static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
 
 constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
 
-// Any grid and block; a warp takes every num_warps-th token. Dynamic shared memory: two records a warp,
-// 16-byte aligned. Reads x once and writes each record once per destination rank, itself included: slot
+// Any grid, at most 384 threads; a warp takes every num_warps-th token. Dynamic shared memory: two records a
+// warp, 16-byte aligned. Reads x once and writes each record once per destination rank, itself included: slot
 // send_slot[token][rank] of this rank's region there, then, with release order, that slot's flag.
-extern "C" __global__ void dispatch_send(const __grid_constant__ DispatchSendParams p) {
+extern "C" __global__ void __launch_bounds__(384, 2)
+    dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     const Comm& comm = p.comm;
     if (timed_out(comm)) return;
@@ -71,6 +72,8 @@ extern "C" __global__ void dispatch_send(const __grid_constant__ DispatchSendPar
                     if constexpr (kWire == kBf16) {
                         w.low = low;
                         w.high = high;
+                    } else if constexpr (kWire == kMxfp4 && !kHadamard && !kStochastic) {
+                        w = wire_vec(quantize_mxfp4(low, high, p.quantizer));
                     } else {
                         float v[kVec];
                         decode_bf16(low, high, v);

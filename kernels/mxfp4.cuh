@@ -15,6 +15,7 @@ constexpr int kE8m0Max = 254;
 constexpr uint32_t kE8m0Nan = 255;
 constexpr int kAlignExponent = 6;
 constexpr int kExactDistance = 14;
+constexpr uint32_t kMaxPackedScale = 248;  // the factor of a tenth is still a normal bf16
 constexpr int kMinScaleExponent = -126;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kE4m3NanWord = 0x7f7f7f7fu;
@@ -176,58 +177,124 @@ __device__ __forceinline__ uint4 philox4x32(uint4 c, uint32_t k0, uint32_t k1) {
     return c;
 }
 
+// Scale byte of a block whose largest magnitude, times 2^-offset, has the given float bits; 255 if not
+// finite.
+__device__ __forceinline__ uint32_t mxfp4_scale(uint32_t amax, uint32_t addend, int offset) {
+    if (amax >= kInfinityBits) return kE8m0Nan;
+    const int rounded = static_cast<int>((amax + addend) >> 23) - 2 + offset;
+    return amax == 0 ? 0 : static_cast<uint32_t>(min(max(rounded, 0), kE8m0Max));
+}
+
+// Codes of v * factor, to the nearest, ties to even.
+//
+// That is the least of three lines, 2x, x + 2 and x / 10 + 6, each rounded to an integer by an addend whose
+// last bit is worth 1; 0x1.999998p-4 is the float below 1/10, so that x = 5, half way, still goes to 4. It
+// holds below x = 15, which kSaturate ensures where a clamped scale byte does not.
+template <bool kSaturate>
+__device__ __forceinline__ uint2 nearest_codes(const float (&v)[kVec], float factor) {
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        float x = __fmul_rn(fabsf(v[i]), factor);
+        if constexpr (kSaturate) x = fminf(x, 8.0f);
+        const float line0 = __fmaf_rn(x, 2.0f, 0x1p23f);
+        const float line1 = __fadd_rn(x, 0x1p23f + 2.0f);
+        const float line2 = __fmaf_rn(x, 0x1.999998p-4f, 0x1p23f + 6.0f);
+        const uint32_t code = __float_as_uint(fminf(fminf(line0, line1), line2)) & 7u;
+        words[i / 8] |= (code | (__float_as_uint(v[i]) >> 28 & 8u)) << (4 * (i % 8));
+    }
+    return make_uint2(words[0], words[1]);
+}
+
+// Codes of v * factor, up with a probability equal to the position between neighbours; element 0 of v is
+// element `index` of its tensor. The position is the least of 2x, x + 2, x / 2 + 4 and 7, rounded down where
+// it rounds, which together with 16 random bits cannot reach the next integer too early.
+__device__ __forceinline__ uint2 stochastic_codes(const float (&v)[kVec], float factor,
+                                                  const Quantizer& quantizer, uint64_t index) {
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint64_t chunk = index / 8 + half;
+        const uint4 counter = make_uint4(static_cast<uint32_t>(chunk), static_cast<uint32_t>(chunk >> 32),
+                                         quantizer.subsequence, 0);
+        const uint4 r = philox4x32(counter, quantizer.seed_low, quantizer.seed_high);
+        const uint32_t random[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float value = v[8 * half + i];
+            const float x = __fmul_rn(fabsf(value), factor);
+            const float u =
+                static_cast<float>(i % 2 == 0 ? random[i / 2] & 0xffffu : random[i / 2] >> 16) * 0x1p-16f;
+            const float upper = fminf(__fadd_rd(x, 2.0f), __fmaf_rd(x, 0.5f, 4.0f));
+            const float position = fminf(fminf(__fadd_rn(x, x), upper), 7.0f);
+            const uint32_t code = static_cast<uint32_t>(__float2int_rd(__fadd_rd(position, u)));
+            words[half] |= (code | (__float_as_uint(value) >> 28 & 8u)) << (4 * i);
+        }
+    }
+    return make_uint2(words[0], words[1]);
+}
+
 // Quantizes v * 2^offset, element 0 of v being element `index` of its tensor (its row times hidden plus its
 // column).
-//
-// Nearest even is the least of three lines, 2x, x + 2 and x / 10 + 6, each rounded to an integer by an addend
-// whose last bit is worth 1; 0x1.999998p-4 is the float below 1/10, so that x = 5, half way, still goes to 4.
-// It holds below x = 15, which kSaturate ensures for offsets that can push the scale byte past its range.
 template <bool kStochastic, bool kSaturate>
 __device__ __forceinline__ Mxfp4Vec quantize_mxfp4(const float (&v)[kVec], int offset,
                                                    const Quantizer& quantizer, uint64_t index) {
     const uint32_t amax = max_over_lanes<kLanesPerBlock>(amax_bits(v));
     Mxfp4Vec out;
-    if (amax >= kInfinityBits) {
+    out.sf = mxfp4_scale(amax, quantizer.scale_addend, offset);
+    if (out.sf == kE8m0Nan) {
         out.codes = make_uint2(0, 0);
-        out.sf = kE8m0Nan;
         return out;
     }
-    const int rounded = static_cast<int>((amax + quantizer.scale_addend) >> 23) - 2 + offset;
-    const int sf = amax == 0 ? 0 : min(max(rounded, 0), kE8m0Max);
-    const float factor = pow2(kE8m0Bias - sf + (amax == 0 ? 0 : offset));
-    uint4 random[2];
+    const float factor = pow2(kE8m0Bias - static_cast<int>(out.sf) + (amax == 0 ? 0 : offset));
     if constexpr (kStochastic) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint64_t chunk = index / 8 + half;
-            const uint4 counter = make_uint4(static_cast<uint32_t>(chunk), static_cast<uint32_t>(chunk >> 32),
-                                             quantizer.subsequence, 0);
-            random[half] = philox4x32(counter, quantizer.seed_low, quantizer.seed_high);
-        }
+        out.codes = stochastic_codes(v, factor, quantizer, index);
+    } else {
+        out.codes = nearest_codes<kSaturate>(v, factor);
     }
-    uint32_t words[2] = {0, 0};
+    return out;
+}
+
+// Quantizes bf16 to the nearest, two elements an instruction: the three lines of nearest_codes as packed
+// fused multiply-adds onto 128, whose last bit is worth 1, with the scale in the factor. Scale bytes whose
+// factors bf16 cannot hold take the float32 way.
+__device__ __forceinline__ Mxfp4Vec quantize_mxfp4(const uint4& low, const uint4& high,
+                                                   const Quantizer& quantizer) {
+    const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    uint32_t packed_max = 0;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        float x = __fmul_rn(fabsf(v[i]), factor);
-        uint32_t code;
-        if constexpr (kStochastic) {
-            const uint4& r = random[i / 8];
-            const uint32_t word = i % 8 / 2 == 0 ? r.x : i % 8 / 2 == 1 ? r.y : i % 8 / 2 == 2 ? r.z : r.w;
-            const float u = static_cast<float>(i % 2 == 0 ? word & 0xffffu : word >> 16) * 0x1p-16f;
-            const float upper = fminf(__fadd_rd(x, 2.0f), __fmaf_rd(x, 0.5f, 4.0f));
-            const float position = fminf(fminf(__fadd_rn(x, x), upper), 7.0f);
-            code = static_cast<uint32_t>(__float2int_rd(__fadd_rd(position, u)));
-        } else {
-            if constexpr (kSaturate) x = fminf(x, 8.0f);
-            const float line0 = __fmaf_rn(x, 2.0f, 0x1p23f);
-            const float line1 = __fadd_rn(x, 0x1p23f + 2.0f);
-            const float line2 = __fmaf_rn(x, 0x1.999998p-4f, 0x1p23f + 6.0f);
-            code = __float_as_uint(fminf(fminf(line0, line1), line2)) & 7u;
-        }
-        words[i / 8] |= (code | (__float_as_uint(v[i]) >> 28 & 8u)) << (4 * (i % 8));
+    for (int i = 0; i < 8; ++i)
+        packed_max = max_u16x2(packed_max, words[i] & 0x7fff7fffu);
+    const uint32_t amax = max_over_lanes<kLanesPerBlock>(max(packed_max << 16, packed_max & 0xffff0000u));
+    Mxfp4Vec out;
+    out.sf = mxfp4_scale(amax, quantizer.scale_addend, 0);
+    if (out.sf == kE8m0Nan) {
+        out.codes = make_uint2(0, 0);
+        return out;
     }
-    out.codes = make_uint2(words[0], words[1]);
-    out.sf = static_cast<uint32_t>(sf);
+    if ((out.sf == 0 && amax != 0) || out.sf > kMaxPackedScale) {
+        float v[kVec];
+        decode_bf16(low, high, v);
+        out.codes = nearest_codes<false>(v, pow2(kE8m0Bias - static_cast<int>(out.sf)));
+        return out;
+    }
+    const int shift = (kE8m0Bias - static_cast<int>(max(out.sf, 1u))) * 128;
+    const uint32_t by2 = (0x4000 + shift) * 0x10001u, by1 = (0x3f80 + shift) * 0x10001u;
+    const uint32_t by_tenth = (0x3dcc + shift) * 0x10001u;
+    uint32_t bytes[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t x = words[i] & 0x7fff7fffu;
+        const uint32_t line0 = fma_bf16x2(x, by2, 0x43004300u), line1 = fma_bf16x2(x, by1, 0x43024302u);
+        const uint32_t line2 = fma_bf16x2(x, by_tenth, 0x43064306u);
+        const uint32_t codes =
+            (min_u16x2(min_u16x2(line0, line1), line2) & 0x00070007u) | (words[i] >> 12 & 0x00080008u);
+        bytes[i] = codes | codes >> 12;
+    }
+    out.codes.x = __byte_perm(__byte_perm(bytes[0], bytes[1], 0x0040u),
+                              __byte_perm(bytes[2], bytes[3], 0x0040u), 0x5410u);
+    out.codes.y = __byte_perm(__byte_perm(bytes[4], bytes[5], 0x0040u),
+                              __byte_perm(bytes[6], bytes[7], 0x0040u), 0x5410u);
     return out;
 }
 

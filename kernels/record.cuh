@@ -41,6 +41,14 @@ __device__ __forceinline__ WireVec read_record(const uint8_t* record, int vec) {
     return w;
 }
 
+__device__ __forceinline__ WireVec wire_vec(const Mxfp4Vec& packed) {
+    WireVec w = {};
+    w.low.x = packed.codes.x;
+    w.low.y = packed.codes.y;
+    w.sf = packed.sf;
+    return w;
+}
+
 __device__ __forceinline__ uint2 codes_of(const WireVec& w) {
     return make_uint2(w.low.x, w.low.y);
 }
@@ -71,10 +79,7 @@ __device__ __forceinline__ WireVec encode_wire(float (&v)[kVec], int offset, con
     } else {
         if constexpr (kHadamard) hadamard32(v);
         const uint64_t index = static_cast<uint64_t>(row) * kHidden + vec * kVec;
-        const Mxfp4Vec packed = quantize_mxfp4<kStochastic, kScaled>(v, offset, quantizer, index);
-        w.low.x = packed.codes.x;
-        w.low.y = packed.codes.y;
-        w.sf = packed.sf;
+        w = wire_vec(quantize_mxfp4<kStochastic, kScaled>(v, offset, quantizer, index));
     }
     return w;
 }

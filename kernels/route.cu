@@ -372,6 +372,8 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
             if (threadIdx.x == 0 && p.host != nullptr) {
                 p.host[QCOMM_HOST_BAD_RANK] = bad_rank;
                 p.host[QCOMM_HOST_BAD_TOKEN] = bad_token;
+                p.host[QCOMM_HOST_ROWS] = p.layout == kTokenMajor ? num_records : start[num_local];
+                p.host[QCOMM_HOST_ROWS_PER_EXPERT] = p.layout == kBatched ? start[1] : 0;
             }
         }
     }

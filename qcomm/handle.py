@@ -76,7 +76,7 @@ class DispatchHandle:
         num_tokens_per_expert_list: the same on the host, None in static mode.
         group_offsets: `[num_local_experts + 1]` int32: first row of each expert, and the end of the last; None
             in the "token_major" layout.
-        send_counts, recv_counts: records per peer on the host, None in static mode.
+        send_counts, recv_counts: records per peer on the host, each None where the host does not know it.
     """
 
     owner: Owner

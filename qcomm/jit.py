@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from qcomm import resources
@@ -136,16 +137,18 @@ class KernelLoader:
 
     def __init__(self, arch: str) -> None:
         self._arch = arch
-        self._kernels: dict[KernelSpec, Kernel] = {}
+        self._kernels: dict[tuple[Hashable, ...], Kernel] = {}
 
-    def get(self, spec: KernelSpec) -> Kernel:
-        """Return the kernel, compiling and loading it at first use."""
-        kernel = self._kernels.get(spec)
+    def get(self, make_spec: Callable[..., KernelSpec], *args: Hashable) -> Kernel:
+        """Return the kernel of `make_spec(*args)`, compiling and loading it at first use."""
+        key = (make_spec, *args)
+        kernel = self._kernels.get(key)
         if kernel is None:
             import cupy
 
+            spec = make_spec(*args)
             module = cupy.RawModule(path=str(cubin_path(spec, self._arch)))
-            kernel = self._kernels[spec] = Kernel(module.get_function(spec.name))
+            kernel = self._kernels[key] = Kernel(module.get_function(spec.name))
         return kernel
 
 

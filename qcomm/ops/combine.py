@@ -9,10 +9,12 @@ import torch
 from qcomm.formats import Rounding, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, sender_warps, spec, wire_constants
+from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, spec, staging_warps, wire_constants
 from qcomm.records import RecordLayout
 
 _RECV_THREADS = 256
+_SEND_SHARED_BYTES = 172 * 1024
+_MAX_SEND_WARPS = 12
 
 
 class CombineSendParams(ctypes.Structure):
@@ -75,9 +77,9 @@ def launch_send(
         handle.record_rows.shape[1],
     )
     record_bytes = RecordLayout(wire.kind, hidden).num_bytes
-    warps = sender_warps(record_bytes)
-    kernel = launcher.kernels.get(combine_spec("combine_send", wire, hidden))
-    kernel.launch(2 * launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
+    warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
+    kernel = launcher.kernels.get(combine_spec, "combine_send", wire, hidden)
+    kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:
@@ -85,6 +87,6 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
     out = torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
-        kernel = launcher.kernels.get(combine_spec("combine_recv", wire, hidden))
+        kernel = launcher.kernels.get(combine_spec, "combine_recv", wire, hidden)
         kernel.launch(launcher.num_sms, _RECV_THREADS, 0, stream, params)
     return out

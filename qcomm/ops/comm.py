@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from qcomm.formats import RECV_LAYOUTS, WIRE_KINDS, Rounding, WireFormat
-from qcomm.jit import Kernel, KernelLoader, KernelSpec
+from qcomm.jit import KernelLoader, KernelSpec
 from qcomm.records import RecordLayout
 
 MAX_RANKS = 16
@@ -103,10 +103,6 @@ class Launcher(NamedTuple):
     comm: Comm
     num_sms: int
 
-    def kernel(self, file: str, name: str, **constants: int) -> Kernel:
-        """Return a kernel specialised with the common and the given constants."""
-        return self.kernels.get(spec(file, name, **constants))
-
 
 def spec(file: str, name: str, **constants: int) -> KernelSpec:
     """Build the spec of a kernel with the constants that every file sees."""
@@ -149,9 +145,12 @@ def barrier_spec() -> KernelSpec:
 def launch_barrier(launcher: Launcher, stream: int, overflows: torch.Tensor | None) -> None:
     """Start a call that needs no routing; zeroes the overflow counters of the receive that follows."""
     params = BarrierParams(launcher.comm, pointer(overflows))
-    launcher.kernels.get(barrier_spec()).launch(1, 32, 0, stream, params)
+    launcher.kernels.get(barrier_spec).launch(1, 32, 0, stream, params)
 
 
-def sender_warps(record_bytes: int, budget_bytes: int = 64 * 1024, most: int = 8) -> int:
-    """Return the warps of a sending block: two record stages a warp, within a shared-memory budget."""
-    return max(1, min(most, budget_bytes // (2 * record_bytes)))
+def staging_warps(stage_bytes: int, budget_bytes: int, most: int) -> int:
+    """Return the warps of a block that holds two stages a warp, within a shared-memory budget.
+
+    The budgets of a send and a receive kernel together fit one SM, so that neither can keep the other out.
+    """
+    return max(1, min(most, budget_bytes // (2 * stage_bytes)))

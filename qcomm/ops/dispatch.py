@@ -10,12 +10,15 @@ from qcomm.exchange import DispatchOptions, Payload, WireInput
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, Rounding, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, sender_warps, spec, wire_constants
-from qcomm.records import RecordLayout
+from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, spec, staging_warps, wire_constants
+from qcomm.records import RECORD_ALIGNMENT, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
-_RECV_THREADS = 256
-_RECV_BLOCKS_PER_SM = 2
+_COLUMNWISE_THREADS = 256
+_SEND_SHARED_BYTES = 92 * 1024
+_RECV_SHARED_BYTES = 118 * 1024
+_MAX_SEND_WARPS = 12
+_MAX_RECV_WARPS = 8
 
 
 class DispatchSendParams(ctypes.Structure):
@@ -54,6 +57,7 @@ class DispatchRecvParams(ctypes.Structure):
         ("quantizer", Quantizer),
         ("width", ctypes.c_int32),
         ("rows_per_expert", ctypes.c_int32),
+        ("padded_rows", ctypes.c_int32),
     )
 
 
@@ -75,9 +79,17 @@ def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) 
         name,
         name,
         recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
+        stage_bytes=recv_stage_bytes(recv_dtype, hidden),
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         **wire_constants(wire, hidden),
     )
+
+
+def recv_stage_bytes(recv_dtype: str, hidden: int) -> int:
+    """Return the shared memory that holds one converted row and its scales."""
+    row_bytes = {"bf16": 2 * hidden, "fp8": hidden, "mxfp4": hidden // 2}[recv_dtype]
+    scale_bytes = 0 if recv_dtype == "bf16" else 4 * hidden // FP8_GROUP_SIZE
+    return align(row_bytes + scale_bytes, RECORD_ALIGNMENT)
 
 
 def launch_send(
@@ -111,8 +123,8 @@ def launch_send(
         int(after_route),
     )
     record_bytes = RecordLayout(wire.kind, hidden).num_bytes
-    warps = sender_warps(record_bytes)
-    kernel = launcher.kernels.get(send_spec(kind, _encoding(wire, kind), hidden))
+    warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
+    kernel = launcher.kernels.get(send_spec, kind, _encoding(wire, kind), hidden)
     kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
 
 
@@ -169,10 +181,23 @@ def launch_recv(
         Quantizer.of(WireFormat("mxfp4"), 0, 0),
         handle.record_rows.shape[1],
         rows_per_expert,
+        padded_rows(handle, num_rows),
     )
-    kernel = launcher.kernels.get(recv_spec(options.recv_dtype, options.columnwise, _decoding(options.wire), hidden))
-    kernel.launch(_RECV_BLOCKS_PER_SM * launcher.num_sms, _RECV_THREADS, 0, stream, params)
+    kernel = launcher.kernels.get(recv_spec, options.recv_dtype, options.columnwise, _decoding(options.wire), hidden)
+    if options.columnwise:
+        kernel.launch(launcher.num_sms, _COLUMNWISE_THREADS, 0, stream, params)
+    else:
+        stage_bytes = recv_stage_bytes(options.recv_dtype, hidden)
+        warps = staging_warps(stage_bytes, _RECV_SHARED_BYTES, _MAX_RECV_WARPS)
+        kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * stage_bytes, stream, params)
     return Payload(x, sf, x_columnwise, sf_columnwise, overflows)
+
+
+def padded_rows(handle: DispatchHandle, num_rows: int) -> int:
+    """Return the rows whose padding the receive kernel zeroes: -1 for those below the last group's end."""
+    if handle.recv_layout == "expert_major":
+        return -1
+    return num_rows if handle.recv_layout == "batched" and not handle.static else 0
 
 
 def _encoding(wire: WireFormat, input_kind: str) -> WireFormat:

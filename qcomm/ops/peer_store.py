@@ -50,4 +50,4 @@ def launch_peer_store(kernels: KernelLoader, stream: int, source: torch.Tensor, 
     addresses = (ctypes.c_uint64 * MAX_RANKS)(*peers)
     params = PeerStoreParams(source.data_ptr(), addresses, source.nbytes // VEC_BYTES, len(peers))
     num_sms = torch.cuda.get_device_properties(source.device).multi_processor_count
-    kernels.get(peer_store_spec()).launch(_BLOCKS_PER_SM * num_sms, _THREADS, 0, stream, params)
+    kernels.get(peer_store_spec).launch(_BLOCKS_PER_SM * num_sms, _THREADS, 0, stream, params)

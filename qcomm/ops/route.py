@@ -11,9 +11,10 @@ from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, pointer, spec
 from qcomm.records import align
 
-HOST_SEQUENCE, HOST_READY, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_FIXED = range(5)
-"""Words of the host table that `place` fills: sequence number, whether every peer came in time, bad
-rank and token (-1 for none), then `recv_offsets` [num_ranks + 1] and tokens per local expert [num_local_experts]."""
+HOST_SEQUENCE, HOST_READY, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_ROWS, HOST_ROWS_PER_EXPERT, HOST_FIXED = range(7)
+"""Words of the host table that `place` fills: sequence number, whether every peer came in time, bad rank and token (-1
+for none), rows of the result, rows per expert of the "batched" layout, then `recv_offsets` [num_ranks + 1] and tokens
+per local expert [num_local_experts]."""
 
 MAX_CHUNKS = 128
 _ROUTE_THREADS = 512
@@ -69,6 +70,8 @@ def route_spec(name: str, num_topk: int, index_bytes: int) -> KernelSpec:
         host_ready=HOST_READY,
         host_bad_rank=HOST_BAD_RANK,
         host_bad_token=HOST_BAD_TOKEN,
+        host_rows=HOST_ROWS,
+        host_rows_per_expert=HOST_ROWS_PER_EXPERT,
         host_fixed=HOST_FIXED,
         sizeof_route=ctypes.sizeof(RouteParams),
         sizeof_place=ctypes.sizeof(PlaceParams),
@@ -93,7 +96,7 @@ def launch_route(
     chunk = route_chunk(num_tokens)
     shared_bytes = 4 * (comm.num_experts + comm.num_ranks) * (1 + chunk // 32)
     params = RouteParams(comm, topk_idx.data_ptr(), pointer(topk_weights), send_slot.data_ptr(), num_tokens, chunk)
-    kernel = launcher.kernels.get(route_spec("route", num_topk, topk_idx.element_size()))
+    kernel = launcher.kernels.get(route_spec, "route", num_topk, topk_idx.element_size())
     kernel.launch(max(1, -(-num_tokens // chunk)), _ROUTE_THREADS, shared_bytes, stream, params)
 
 
@@ -101,7 +104,7 @@ def launch_place(launcher: Launcher, stream: int, num_topk: int, params: PlacePa
     """Wait for every peer's counts and metadata and give each record its rows."""
     comm = launcher.comm
     shared_bytes = 4 * ((comm.num_ranks + 2) * comm.num_local_experts + comm.num_ranks + 2)
-    kernel = launcher.kernels.get(route_spec("place", num_topk, 8))
+    kernel = launcher.kernels.get(route_spec, "place", num_topk, 8)
     kernel.launch(launcher.num_sms, _PLACE_THREADS, shared_bytes, stream, params)
 
 

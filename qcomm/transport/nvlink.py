@@ -121,7 +121,7 @@ class NvlinkTransport:
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed, True)
             self._launch_place(call.stream, draft, options, overflows)
-            counts = None if options.static else self._wait_for_counts(options, topk_idx)
+            counts = None if options.static else self._wait_for_counts(topk_idx)
             rows = (draft.num_rows, draft.rows_per_expert) if counts is None else counts.rows
             payload = dispatch.launch_recv(self._launcher, call.stream, draft, options, hidden, overflows, *rows)
             handle = draft if counts is None else _cut(draft, counts)
@@ -296,7 +296,7 @@ class NvlinkTransport:
         )
         route.launch_place(self._launcher, stream, self._config.num_topk, params)
 
-    def _wait_for_counts(self, options: DispatchOptions, topk_idx: torch.Tensor) -> _Counts:
+    def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
         """Wait for what comes, which `place` tells the host; raise if a rank cannot take part."""
         member, host = self._member, self._host_view
         limit = time.monotonic() + member.deadline_s + _HOST_GRACE_S
@@ -327,7 +327,8 @@ class NvlinkTransport:
         first = route.HOST_FIXED + member.num_ranks + 1
         offsets = host[route.HOST_FIXED : first].tolist()
         per_expert = tuple(host[first:].tolist())
-        return _Counts(offsets, per_expert, exchange.exact_rows(options, offsets[-1], per_expert))
+        rows = (int(host[route.HOST_ROWS]), int(host[route.HOST_ROWS_PER_EXPERT]))
+        return _Counts(offsets, per_expert, rows)
 
     def _timeout_error(self, report: Report) -> QcommTimeoutError:
         phase = PHASES[report.phase]

@@ -1,0 +1,361 @@
+"""What the benchmarks share: start-up, timing, the ceiling and the report.
+
+METHOD. An iteration on CUDA: a 256 MiB buffer is written, which flushes L2; `torch.cuda._sleep` holds the device for
+about 300 us, so that the host has launched everything below before the device comes to it; a NCCL all_reduce of one
+element on the current stream lets all ranks go on together; an event is recorded, the call made, and an event recorded.
+The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a pass of its
+own, because a call that synchronises with the host would wait for the sleep too, the host time is taken with
+`time.perf_counter` around the call, with the device idle and the ranks together before it. On the CPU the host time is
+the only one. p50 and p99 are nearest-rank percentiles of each rank's iterations; reported are the slowest rank's p50,
+the slowest p99 and the slowest host p50.
+
+CEILING. A kernel on all SMs stores 64 MiB to each peer at once, in 16-byte vectors, timed in the same run in the same
+way. Its bandwidth is the remote bytes of a rank over that time.
+
+FIGURES. remote: bytes of records that a rank sends to other ranks, of the rank that sends most; bytes of a record are
+those of `qcomm.records.RecordLayout`; metadata is in the JSON lines only. physical: remote / p50. logical: the same
+records at 2 * hidden bytes / p50. x limit: p50 / (remote / ceiling). vs NCCL: p50 of all_to_all_single of the same
+tokens in BF16 / p50.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from qcomm import resources
+from qcomm.bootstrap import Launch, process_group
+from qcomm.config import Member, synchronize_hosts
+from qcomm.errors import QcommError
+from qcomm.jit import KernelLoader
+from qcomm.ops.peer_store import launch_peer_store
+from qcomm.table import format_table
+from qcomm.transport.symmetric import allocate
+
+T = TypeVar("T")
+
+_FLUSH_BYTES = 256 * 2**20
+_SLEEP_CYCLES = 600_000  # 300 us at 2 GHz
+_WARM_UP = {"cuda": 10, "cpu": 2}
+_PEER_BYTES = 64 * 2**20
+_DEADLINE_S = 30.0
+_HEADERS = (
+    "call",
+    "wire",
+    "layout",
+    "p50 us",
+    "p99 us",
+    "host us",
+    "remote MB",
+    "physical GB/s",
+    "logical GB/s",
+    "x limit",
+    "vs NCCL bf16",
+)
+
+
+class MismatchError(Exception):
+    """A result differs from the oracle's; raised on every rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How this process was started, and its place among the ranks."""
+
+    launch: Launch
+    member: Member
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One call's times in microseconds: of the slowest rank, and the p50 of every rank."""
+
+    p50_us: float
+    p99_us: float
+    host_us: float
+    rank_p50_us: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the report.
+
+    Attributes:
+        call, wire, layout: what was timed; layout is "-" where records stay as they came.
+        timing: of the call.
+        record_bytes: bytes of one record.
+        remote_records: records the rank that sends most sends to other ranks.
+        remote_records_in: records the rank that receives most receives from other ranks.
+        metadata_bytes: bytes that travel with each record besides it.
+        recv_dtype: what the receiver asked for; None for combine and the baselines.
+    """
+
+    call: str
+    wire: str
+    layout: str
+    timing: Timing
+    record_bytes: int
+    remote_records: int
+    remote_records_in: int
+    metadata_bytes: int = 0
+    recv_dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all rows of one run have in common; `about` goes into every JSON line as it is."""
+
+    title: str
+    about: Mapping[str, object]
+    hidden: int
+    ceiling_gbs: float | None
+    nccl_us: float
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Session]:
+    """Start the process group, on GPUs where there are any. Collective."""
+    with process_group() as launch, torch.no_grad():
+        if torch.cuda.device_count() > launch.local_rank:
+            device = torch.device("cuda", launch.local_rank)
+        else:
+            device = torch.device("cpu")
+            torch.set_num_threads(1)
+        group = dist.group.WORLD
+        assert group is not None
+        yield Session(launch, Member(group, launch.rank, launch.num_ranks, device, _DEADLINE_S))
+
+
+def gather(member: Member, value: T) -> list[T]:
+    """Collect one value from every rank, by rank. Collective."""
+    gathered = [value] * member.num_ranks
+    dist.all_gather_object(gathered, value, group=member.group)
+    return gathered
+
+
+def settle(member: Member) -> None:
+    """Wait until every rank's device is idle. Collective."""
+    if member.device.type == "cuda":
+        torch.cuda.synchronize(member.device)
+    synchronize_hosts(member)
+
+
+def require_equal(member: Member, problems: Sequence[str]) -> None:
+    """Raise on every rank if any rank has a problem. Collective.
+
+    Raises:
+        MismatchError: holds every rank's problems.
+    """
+    everyone = gather(member, list(problems))
+    told = [f"rank {rank}: {problem}" for rank, theirs in enumerate(everyone) for problem in theirs]
+    if told:
+        raise MismatchError("\n".join(told))
+
+
+def release(member: Member) -> None:
+    """Give cached device memory back."""
+    if member.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Return the nearest-rank percentile: the smallest value that `fraction` of the values do not exceed."""
+    if not values:
+        raise ValueError("values must not be empty")
+    return sorted(values)[max(0, math.ceil(fraction * len(values)) - 1)]
+
+
+def slowest(member: Member, device_us: Sequence[float], host_us: Sequence[float]) -> Timing:
+    """Join every rank's times. Collective."""
+    mine = (percentile(device_us, 0.5), percentile(device_us, 0.99), percentile(host_us, 0.5))
+    p50, p99, host = zip(*gather(member, mine), strict=True)
+    return Timing(max(p50), max(p99), max(host), tuple(p50))
+
+
+class Clock:
+    """Times calls as METHOD says. Collective."""
+
+    def __init__(self, member: Member, iterations: int) -> None:
+        self._member, self._iterations = member, iterations
+        self._on_cuda = member.device.type == "cuda"
+        self._flush = torch.empty(_FLUSH_BYTES if self._on_cuda else 0, dtype=torch.uint8, device=member.device)
+        self._token = torch.zeros(1, device=member.device)
+
+    def time(self, call: Callable[[], object]) -> Timing:
+        """Time a call."""
+        once = self._device_us if self._on_cuda else self._host_us
+        for _ in range(_WARM_UP[self._member.device.type]):
+            once(call)
+        times_us = [once(call) for _ in range(self._iterations)]
+        host_us = [self._host_us(call) for _ in range(self._iterations)] if self._on_cuda else times_us
+        settle(self._member)
+        return slowest(self._member, times_us, host_us)
+
+    def _host_us(self, call: Callable[[], object]) -> float:
+        settle(self._member)
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+
+    def _device_us(self, call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        # After the sleep, whose length in time is that of each GPU's own clock.
+        dist.all_reduce(self._token, group=self._member.group)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end)
+
+
+def peer_store_gbs(clock: Clock, member: Member, provider: str | None) -> float | None:
+    """Measure the ceiling, None where there is no symmetric memory or no peer. Collective.
+
+    Raises:
+        QcommError: a peer's bytes did not arrive.
+    """
+    if provider is None or member.num_ranks == 1:
+        return None
+    memory = allocate(provider, member.num_ranks * _PEER_BYTES, member)
+    memory.local.zero_()
+    settle(member)
+    source = _pattern(member.rank, member.device)
+    mine = member.rank * _PEER_BYTES
+    peers = [address + mine for rank, address in enumerate(memory.peers) if rank != member.rank]
+    kernels = KernelLoader("sm_{}{}".format(*torch.cuda.get_device_capability(member.device)))
+
+    def store() -> None:
+        launch_peer_store(kernels, torch.cuda.current_stream(member.device).cuda_stream, source, peers)
+
+    timing = clock.time(store)
+    settle(member)
+    for rank, came in enumerate(memory.local.split(_PEER_BYTES)):
+        if rank != member.rank and not torch.equal(came, _pattern(rank, member.device)):
+            raise QcommError(
+                f"rank {member.rank}: the bytes of rank {rank} did not arrive", rank=member.rank, peer=rank
+            )
+    settle(member)
+    memory.free()
+    return len(peers) * _PEER_BYTES / timing.p50_us / 1e3
+
+
+def _pattern(rank: int, device: torch.device) -> torch.Tensor:
+    return ((torch.arange(_PEER_BYTES, dtype=torch.int32, device=device) + 17 * rank) % 251).to(torch.uint8)
+
+
+def figures(row: Row, run: Run) -> dict[str, float | int | None]:
+    """Compute what FIGURES names; None where a divisor is missing or zero."""
+    timing, remote_bytes = row.timing, row.remote_records * row.record_bytes
+    limit_us = remote_bytes / run.ceiling_gbs / 1e3 if run.ceiling_gbs else None
+    return {
+        "p50_us": timing.p50_us,
+        "p99_us": timing.p99_us,
+        "host_us": timing.host_us,
+        "remote_records": row.remote_records,
+        "remote_records_in": row.remote_records_in,
+        "remote_bytes": remote_bytes,
+        "remote_metadata_bytes": row.remote_records * row.metadata_bytes,
+        "physical_gbs": remote_bytes / timing.p50_us / 1e3,
+        "logical_gbs": row.remote_records * 2 * run.hidden / timing.p50_us / 1e3,
+        "limit_ratio": timing.p50_us / limit_us if limit_us else None,
+        "nccl_bf16_ratio": run.nccl_us / timing.p50_us,
+    }
+
+
+def table(rows: Sequence[Row], run: Run) -> str:
+    """Lay the rows out under the run's title."""
+    lines = []
+    for row in rows:
+        found = figures(row, run)
+        remote_mb = row.remote_records * row.record_bytes / 1e6
+        lines.append(
+            (
+                row.call,
+                row.wire,
+                row.layout,
+                *(_cell(found[name], 1) for name in ("p50_us", "p99_us", "host_us")),
+                f"{remote_mb:.3f}",
+                *(_cell(found[name], 2) for name in ("physical_gbs", "logical_gbs")),
+                _cell(found["limit_ratio"], 2),
+                _cell(found["nccl_bf16_ratio"], 2, "x"),
+            )
+        )
+    return f"{run.title}\n\n{format_table(_HEADERS, lines)}"
+
+
+def _cell(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def json_lines(rows: Sequence[Row], run: Run) -> str:
+    """Render one JSON object a row."""
+    lines = []
+    for row in rows:
+        what = {"call": row.call, "wire": row.wire, "layout": row.layout, "recv_dtype": row.recv_dtype}
+        sizes = {"record_bytes": row.record_bytes, "rank_p50_us": row.timing.rank_p50_us}
+        lines.append(json.dumps({**run.about, "ceiling_gbs": run.ceiling_gbs, **what, **sizes, **figures(row, run)}))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def report(member: Member, rows: Sequence[Row], run: Run, json_path: Path | None) -> None:
+    """Print the table from rank 0, and append the JSON lines."""
+    if member.rank:
+        return
+    print(table(rows, run), flush=True)
+    if json_path is not None:
+        with json_path.open("a") as file:
+            file.write(json_lines(rows, run))
+
+
+def machine(member: Member) -> dict[str, str | None]:
+    """Describe the hardware and software of the run. Collective."""
+    on_cuda = member.device.type == "cuda"
+    name = torch.cuda.get_device_name(member.device) if on_cuda else f"{platform.machine()} CPU"
+    names = collections.Counter(gather(member, name))
+    return {
+        "devices": ", ".join(f"{count} x {name}" for name, count in names.items()),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
+    }
+
+
+def command(launch: Launch, name: str) -> str:
+    """Reconstruct the command line."""
+    start = {
+        "mpirun": f"mpirun -n {launch.num_ranks} python",
+        "torchrun": f"torchrun --nproc-per-node {launch.num_ranks}",
+        "single": "python",
+    }[launch.launcher]
+    return shlex.join([*start.split(), "-m", "qcomm", "bench", name, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout, None outside one."""
+    folder = resources.checkout()
+    if folder is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,121 @@
+"""The course of an exchange benchmark: set up, take the ceiling and the baselines, measure every wire, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import baselines
+import harness
+import workload
+
+from qcomm.buffer import Buffer
+from qcomm.formats import RecvLayout, WireKind, WirePrecision
+from qcomm.transport.select import Choice
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What one run measures with."""
+
+    flags: workload.Flags
+    work: workload.Workload
+    traffic: baselines.Traffic
+    clock: harness.Clock
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What sets dispatch and combine apart.
+
+    Attributes:
+        name: as on the command line.
+        precision: of the buffer for a wire.
+        baselines: times what NCCL would do, in BF16 first.
+        measure: checks one configuration, then times it.
+    """
+
+    name: str
+    precision: Callable[[WireKind], WirePrecision]
+    baselines: Callable[[workload.Workload, baselines.Traffic, harness.Clock], list[harness.Row]]
+    measure: Callable[[Context, Buffer, WireKind, RecvLayout], list[harness.Row]]
+
+
+def run(benchmark: Benchmark, flags: workload.Flags) -> int:
+    """Run a benchmark and return the exit code: 1 if a result was wrong, 2 if the sizes were."""
+    with harness.session() as session:
+        try:
+            geometry = workload.sizes(flags, session.member)
+        except ValueError as error:
+            return _fail(session, str(error), 2)
+        try:
+            _run(benchmark, flags, session, workload.make(flags, geometry, session.member))
+        except harness.MismatchError as error:
+            return _fail(session, f"results differ from the oracle's, no times are reported:\n{error}", 1)
+    return 0
+
+
+def _fail(session: harness.Session, message: str, code: int) -> int:
+    if session.member.rank == 0:
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+    harness.settle(session.member)
+    return code
+
+
+def _run(benchmark: Benchmark, flags: workload.Flags, session: harness.Session, work: workload.Workload) -> None:
+    member = session.member
+    choice = workload.backend_choice(flags, work)
+    machine = harness.machine(member)
+    clock = harness.Clock(member, workload.iterations(flags, member))
+    ceiling = harness.peer_store_gbs(clock, member, choice.provider)
+    context = Context(flags, work, baselines.find_traffic(work), clock)
+    rows = benchmark.baselines(work, context.traffic, clock)
+    nccl_us = rows[0].timing.p50_us
+    for wire in flags.wires:
+        precision = benchmark.precision(wire)
+        with work.buffer(precision, flags.backend, flags.provider, flags.num_sms) as buffer:
+            for layout in flags.recv_layouts:
+                rows += benchmark.measure(context, buffer, wire, layout)
+    title = _title(flags, work, choice, machine, ceiling)
+    about = _about(benchmark.name, flags, session, work, choice) | {"machine": machine}
+    harness.report(member, rows, harness.Run(title, about, work.geometry.hidden, ceiling, nccl_us), flags.json)
+
+
+def _about(
+    name: str, flags: workload.Flags, session: harness.Session, work: workload.Workload, choice: Choice
+) -> dict[str, object]:
+    """Return what every JSON line of a run holds."""
+    return {
+        "benchmark": name,
+        "command": harness.command(session.launch, name),
+        "commit": harness.commit(),
+        "num_ranks": session.member.num_ranks,
+        "geometry": dataclasses.asdict(work.geometry),
+        "routing": flags.routing,
+        "seed": flags.seed,
+        "iterations": workload.iterations(flags, session.member),
+        "num_sms": flags.num_sms,
+        "backend": choice.backend,
+        "backend_reason": choice.reason,
+    }
+
+
+def _title(
+    flags: workload.Flags,
+    work: workload.Workload,
+    choice: Choice,
+    machine: dict[str, str | None],
+    ceiling: float | None,
+) -> str:
+    """Say in a few words what ran where."""
+    sizes, num_ranks = work.geometry, work.member.num_ranks
+    library = f"NCCL {machine['nccl']}" if machine["nccl"] else "gloo"
+    limit = f"{ceiling:.0f} GB/s" if ceiling else "none"
+    num_sms = f", {flags.num_sms} SMs a kernel" if flags.num_sms else ""
+    return (
+        f"{machine['devices']}, {num_ranks} ranks, {sizes.tokens} tokens a rank of {sizes.hidden}, top-{sizes.topk} of "
+        f"{sizes.experts} experts, {flags.routing} routing, torch {machine['torch']}, {library}, "
+        f"peer-store ceiling {limit}{num_sms}\nbackend {choice.backend}: {choice.reason}"
+    )

@@ -1,0 +1,213 @@
+"""What the exchange benchmarks run on: their flags, routing and inputs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from qcomm import validate
+from qcomm.buffer import Buffer
+from qcomm.config import BufferConfig, Member
+from qcomm.formats import (
+    RECV_DTYPES,
+    RECV_LAYOUTS,
+    WIRE_KINDS,
+    RecvDtype,
+    RecvLayout,
+    WireKind,
+    WirePrecision,
+)
+from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose
+
+ROUTINGS = ("uniform", "skewed", "one-expert")
+_WIRES: tuple[WireKind, ...] = ("mxfp4", "fp8", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of the exchange; tokens are those of one rank."""
+
+    tokens: int
+    hidden: int
+    topk: int
+    experts: int
+
+
+_SIZES = {"cuda": Geometry(4096, 7168, 8, 256), "cpu": Geometry(64, 256, 4, 16)}
+_ITERATIONS = {"cuda": 50, "cpu": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The command line; None is a default of the device."""
+
+    sizes: dict[str, int | None]
+    wires: tuple[WireKind, ...]
+    recv_dtype: RecvDtype | None
+    recv_layouts: tuple[RecvLayout, ...]
+    routing: str
+    backend: str
+    provider: str
+    iterations: int | None
+    num_sms: int | None
+    json: Path | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workload:
+    """One rank's part of the exchange: `x` `[tokens, hidden]` bfloat16, the other two `[tokens, topk]`."""
+
+    member: Member
+    geometry: Geometry
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+
+    def buffer(
+        self, precision: WirePrecision, backend: str, provider: str = "auto", num_sms: int | None = None
+    ) -> Buffer:
+        """Make a buffer of this shape. Collective."""
+        return Buffer(
+            self.member.group,
+            num_experts=self.geometry.experts,
+            num_topk=self.geometry.topk,
+            hidden=self.geometry.hidden,
+            num_max_tokens_per_rank=self.geometry.tokens,
+            precision=precision,
+            backend=backend,
+            provider=provider,
+            device=self.member.device,
+            num_sms=num_sms,
+        )
+
+
+def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, dispatch: bool) -> Flags:
+    """Read the command line; wrong usage exits with code 2.
+
+    Args:
+        name: of the benchmark.
+        description: its help text.
+        recv_layouts: those of a run that names none.
+        dispatch: whether the receiver's format can be chosen.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m qcomm bench {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(Geometry):
+        defaults = "/".join(str(getattr(_SIZES[device], field.name)) for device in ("cuda", "cpu"))
+        parser.add_argument(f"--{field.name}", type=int, metavar="N", help=f"default {defaults} (GPU/CPU)")
+    parser.add_argument("--wire", type=_names_of(WIRE_KINDS), action="extend", help="repeatable, or a comma list")
+    layouts = _names_of(RECV_LAYOUTS)
+    parser.add_argument("--recv-layout", type=layouts, action="extend", help="repeatable, or a comma list")
+    if dispatch:
+        parser.add_argument("--recv-dtype", choices=("auto", *RECV_DTYPES), default="auto")
+    parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0])
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--provider", choices=PROVIDERS, default="auto", help="symmetric memory of the nvlink backend")
+    parser.add_argument("--iterations", type=_positive, metavar="N", help="default 50/3 (GPU/CPU)")
+    parser.add_argument("--num-sms", type=_positive, metavar="N", help="SMs of each communication kernel")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a row")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    recv_dtype: RecvDtype | None = given.recv_dtype if dispatch and given.recv_dtype != "auto" else None
+    return Flags(
+        sizes={field.name: getattr(given, field.name) for field in dataclasses.fields(Geometry)},
+        wires=tuple(cast("list[WireKind]", given.wire or _WIRES)),
+        recv_dtype=recv_dtype,
+        recv_layouts=tuple(cast("list[RecvLayout]", given.recv_layout or recv_layouts)),
+        routing=given.routing,
+        backend=given.backend,
+        provider=given.provider,
+        iterations=given.iterations,
+        num_sms=given.num_sms,
+        json=given.json,
+        seed=given.seed,
+    )
+
+
+def sizes(flags: Flags, member: Member) -> Geometry:
+    """Return the sizes of the run.
+
+    Raises:
+        ValueError: no buffer can have them.
+    """
+    given = {name: size for name, size in flags.sizes.items() if size is not None}
+    geometry = dataclasses.replace(_SIZES[member.device.type], **given)
+    validate.buffer_shape(geometry.experts, geometry.topk, geometry.hidden, geometry.tokens, member.num_ranks)
+    return geometry
+
+
+def make(flags: Flags, geometry: Geometry, member: Member) -> Workload:
+    """Make this rank's inputs."""
+    generator = torch.Generator(member.device).manual_seed(1000 * flags.seed + member.rank)
+    x = torch.randn(geometry.tokens, geometry.hidden, generator=generator, device=member.device)
+    weights = torch.rand(geometry.tokens, geometry.topk, generator=generator, device=member.device)
+    idx = make_routing(flags.routing, geometry, flags.seed, member.rank).to(member.device)
+    return Workload(member, geometry, x.to(torch.bfloat16), idx, weights)
+
+
+def iterations(flags: Flags, member: Member) -> int:
+    """Return how often each call is timed."""
+    return flags.iterations or _ITERATIONS[member.device.type]
+
+
+def make_routing(routing: str, geometry: Geometry, seed: int, rank: int) -> torch.Tensor:
+    """Draw a rank's experts: `[tokens, topk]` int64, distinct in a row.
+
+    "uniform": any experts alike. "skewed": without replacement, the i-th most popular expert with a weight of
+    1 / (i + 1) (Zipf); which is how popular is random, but the same for all ranks. "one-expert": every token names
+    expert 0 and nothing else, the other entries are -1.
+    """
+    if routing == "one-expert":
+        idx = torch.full((geometry.tokens, geometry.topk), -1)
+        idx[:, 0] = 0
+        return idx
+    weights = torch.ones(geometry.experts)
+    if routing == "skewed":
+        shared = torch.Generator().manual_seed(seed)
+        weights = 1 / (1 + torch.randperm(geometry.experts, generator=shared))
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    # The largest of log(weight) + Gumbel noise are a sample without replacement.
+    noise = -torch.log(torch.empty(geometry.tokens, geometry.experts).exponential_(generator=generator))
+    return (torch.log(weights) + noise).topk(geometry.topk, dim=1).indices
+
+
+def backend_choice(flags: Flags, work: Workload) -> Choice:
+    """Return the backend and provider that a buffer will take, and why. Collective."""
+    config = BufferConfig(
+        num_experts=work.geometry.experts,
+        num_topk=work.geometry.topk,
+        hidden=work.geometry.hidden,
+        num_max_tokens_per_rank=work.geometry.tokens,
+        precision=WirePrecision.bf16(),
+        backend=flags.backend,
+        provider=flags.provider,
+        device_type=work.member.device.type,
+    )
+    return choose(config, work.member)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _names_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"must be of {', '.join(choices)}, got {name!r}")
+        return found
+
+    return names

@@ -1,0 +1,273 @@
+"""The dispatch and combine benchmarks, as a user starts them, and their parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import need_gpus
+
+from qcomm import resources
+from qcomm.formats import RecvLayout
+from qcomm.jit import compile_cubin
+from qcomm.ops import peer_store
+from qcomm.records import MetadataLayout, RecordLayout
+
+REPO = Path(__file__).resolve().parents[1]
+MPIRUN = Path(sys.executable).parent / "mpirun"
+sys.path.insert(0, str(resources.find("benchmarks")))
+
+import harness  # noqa: E402
+import oracle  # noqa: E402
+import workload  # noqa: E402
+
+TINY = ["--tokens", "24", "--hidden", "128", "--experts", "8", "--topk", "2", "--iterations", "2"]
+KEYS = {
+    "benchmark",
+    "command",
+    "commit",
+    "machine",
+    "num_ranks",
+    "geometry",
+    "routing",
+    "seed",
+    "iterations",
+    "num_sms",
+    "backend",
+    "backend_reason",
+    "ceiling_gbs",
+    "call",
+    "wire",
+    "layout",
+    "recv_dtype",
+    "record_bytes",
+    "rank_p50_us",
+    "p50_us",
+    "p99_us",
+    "host_us",
+    "remote_records",
+    "remote_records_in",
+    "remote_bytes",
+    "remote_metadata_bytes",
+    "physical_gbs",
+    "logical_gbs",
+    "limit_ratio",
+    "nccl_bf16_ratio",
+}
+WRONG_ORACLE = """
+import sys
+import oracle, bench_dispatch
+right = oracle.expected_dispatch
+def wrong(*args):
+    want = dict(right(*args))
+    want["x"] = want["x"] ^ 1
+    return want
+oracle.expected_dispatch = wrong
+sys.exit(bench_dispatch.main())
+"""
+
+
+def start(*command: str, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "benchmarks")]),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+        **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+    }
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
+
+
+def bench(*arguments: str, launcher: tuple[str, ...] = (), on_gpu: bool = False) -> list[list[str]]:
+    """Run a benchmark; returns the cells of each row of its table."""
+    command = [*launcher, sys.executable, "-m", "qcomm", "bench", *arguments]
+    done = start(*command, on_gpu=on_gpu)
+    assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}{done.stderr}"
+    lines = done.stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("call "))
+    return [line.replace(" + expand", "+expand").split() for line in lines[head + 2 :]]
+
+
+def mpirun(num_ranks: int) -> tuple[str, ...]:
+    if not MPIRUN.is_file():
+        pytest.skip(f"no mpirun in {MPIRUN.parent}")
+    return (str(MPIRUN), "-n", str(num_ranks), "--oversubscribe", "--bind-to", "none")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.mpi
+def test_dispatch(tmp_path: Path) -> None:
+    path = tmp_path / "dispatch.jsonl"
+    rows = bench("dispatch", *TINY, "--json", str(path), launcher=mpirun(2))
+    calls = ("dispatch", "replay", "static", "columnwise")
+    want = [["gloo", "bf16", "-"], ["gloo", "fp8", "-"], ["gloo+expand", "bf16", "expert_major"]]
+    for wire in ("mxfp4", "fp8", "bf16"):
+        want += [[call, wire, "expert_major"] for call in calls[: 3 if wire == "bf16" else 4]]
+        want += [[call, wire, "token_major"] for call in calls[:3]]
+    assert [row[:3] for row in rows] == want
+    found = read(path)
+    assert [[line["call"].replace(" ", ""), line["wire"], line["layout"]] for line in found] == want
+    for line in found:
+        assert line.keys() == KEYS
+        assert line["record_bytes"] == RecordLayout(line["wire"], 128).num_bytes
+        assert line["remote_bytes"] == line["remote_records"] * line["record_bytes"]
+        assert 0 < line["remote_records"] <= 24
+        routed = line["call"] in ("dispatch", "static")
+        words = MetadataLayout(2).num_words
+        assert line["remote_metadata_bytes"] == (4 * words * line["remote_records"] if routed else 0)
+        assert 0 < line["p50_us"] <= line["p99_us"]
+        assert max(line["rank_p50_us"]) == line["p50_us"]
+        assert line["num_ranks"] == 2
+    assert found[0]["nccl_bf16_ratio"] == 1.0
+
+
+@pytest.mark.mpi
+def test_combine(tmp_path: Path) -> None:
+    path = tmp_path / "combine.jsonl"
+    rows = bench("combine", *TINY, "--routing", "skewed", "--json", str(path), launcher=mpirun(2))
+    want = [["gloo", "bf16", "-"], ["gloo", "fp8", "-"]]
+    want += [["combine", wire, "expert_major"] for wire in ("mxfp4", "fp8", "bf16")]
+    assert [row[:3] for row in rows] == want
+    found = read(path)
+    assert len(found) == len(want)
+    for line in found:
+        assert line.keys() == KEYS
+        assert line["routing"] == "skewed"
+        assert line["command"].startswith("mpirun -n 2 python -m qcomm bench combine --tokens 24")
+
+
+def test_single_process_appends(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    for _ in range(2):
+        rows = bench("combine", *TINY, "--wire", "fp8,bf16", "--routing", "one-expert", "--json", str(path))
+        assert [row[1] for row in rows] == ["bf16", "fp8", "fp8", "bf16"]
+    found = read(path)
+    assert len(found) == 8
+    assert all(line["remote_bytes"] == 0 and line["limit_ratio"] is None for line in found)
+
+
+def test_batched_layout_and_other_formats() -> None:
+    rows = bench("dispatch", *TINY, "--wire", "mxfp4", "--recv-layout", "batched", "--recv-dtype", "mxfp4")
+    assert [row[:3] for row in rows[3:]] == [[call, "mxfp4", "batched"] for call in ("dispatch", "replay", "static")]
+
+
+def test_a_wrong_result_ends_the_run() -> None:
+    done = start(sys.executable, "-c", WRONG_ORACLE, *TINY, "--wire", "fp8")
+    assert done.returncode == 1
+    assert "p50" not in done.stdout
+    for call in ("dispatch", "replay", "static", "columnwise"):
+        assert f"rank 0: {call}, wire fp8, expert_major, fp8: x has" in done.stderr
+    assert "sf has" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--wire", "fp8,fp5"], "got 'fp5'"),
+        (["--hidden", "200"], "hidden must be a multiple of 128, got 200"),
+        (["--iterations", "0"], "must be positive, got 0"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    done = start(sys.executable, "-m", "qcomm", "bench", "combine", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("name", ["dispatch", "combine"])
+def test_on_gpus(name: str, num_ranks: int, tmp_path: Path) -> None:
+    need_gpus(num_ranks)
+    path = tmp_path / "lines.jsonl"
+    arguments = [name, "--tokens", "256", "--hidden", "512", "--iterations", "5", "--json", str(path)]
+    bench(*arguments, launcher=mpirun(num_ranks) if num_ranks > 1 else (), on_gpu=True)
+    found = read(path)
+    assert {line["backend"] for line in found} == {"nvlink"}
+    assert all((line["ceiling_gbs"] is None) == (num_ranks == 1) for line in found)
+
+
+def test_percentile() -> None:
+    values = [float(v) for v in range(100, 0, -1)]
+    assert [harness.percentile(values, f) for f in (0.0, 0.01, 0.5, 0.99, 1.0)] == [1.0, 1.0, 50.0, 99.0, 100.0]
+    assert harness.percentile([7.0], 0.99) == 7.0
+    assert harness.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    with pytest.raises(ValueError, match="values must not be empty"):
+        harness.percentile([], 0.5)
+
+
+def test_figures() -> None:
+    timing = harness.Timing(100.0, 120.0, 50.0, (100.0,))
+    row = harness.Row("dispatch", "fp8", "token_major", timing, 10_000, 1000, 900, metadata_bytes=20)
+    run = harness.Run("", {}, hidden=7168, ceiling_gbs=200.0, nccl_us=250.0)
+    found = harness.figures(row, run)
+    assert found["remote_bytes"] == 10_000_000
+    assert found["physical_gbs"] == pytest.approx(100.0)
+    assert found["logical_gbs"] == pytest.approx(143.36)
+    assert found["limit_ratio"] == pytest.approx(2.0)
+    assert found["nccl_bf16_ratio"] == pytest.approx(2.5)
+    assert found["remote_metadata_bytes"] == 20_000
+
+
+@pytest.mark.parametrize("routing", workload.ROUTINGS)
+def test_routing(routing: str) -> None:
+    geometry = workload.Geometry(tokens=500, hidden=128, topk=4, experts=32)
+    idx = workload.make_routing(routing, geometry, seed=3, rank=1)
+    assert idx.shape == (500, 4)
+    assert torch.equal(idx, workload.make_routing(routing, geometry, seed=3, rank=1))
+    if routing == "one-expert":
+        assert idx[:, 0].eq(0).all()
+        assert idx[:, 1:].eq(-1).all()
+        return
+    assert not torch.equal(idx, workload.make_routing(routing, geometry, seed=3, rank=0))
+    assert idx.min() >= 0
+    assert idx.max() < 32
+    ordered = idx.sort(dim=1).values
+    assert (ordered[:, 1:] > ordered[:, :-1]).all()
+    counts = idx.flatten().bincount(minlength=32)
+    if routing == "uniform":
+        assert counts.max() < 2 * counts.min()
+    else:
+        assert counts.max() > 10 * counts.min()
+        other = workload.make_routing(routing, geometry, seed=3, rank=0).flatten().bincount(minlength=32)
+        assert counts.argmax() == other.argmax()
+
+
+@pytest.mark.parametrize(
+    ("layout", "end", "want"),
+    [("token_major", 3, [0, 1, 2]), ("expert_major", 4, [0, 1, 2, 3]), ("batched", 8, [0, 4, 5, 6])],
+)
+def test_valid_rows(layout: RecvLayout, end: int, want: list[int]) -> None:
+    assert oracle._valid_rows(layout, end, torch.tensor([1, 3])).tolist() == want
+
+
+def test_differing() -> None:
+    x = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    assert oracle.differing("call", {"x": x, "sf": None}, {"x": x.clone(), "sf": x}) == []
+    assert oracle.differing("call", {"x": x}, {"x": x ^ 1}) == ["call: x has 6 wrong entries of 6"]
+    assert "of shape (1, 3), got (2, 3)" in oracle.differing("call", {"x": x}, {"x": x[:1]})[0]
+    assert "of shape None" in oracle.differing("call", {"x": x}, {"x": None})[0]
+
+
+def test_peer_store_compiles() -> None:
+    pytest.importorskip("cuda.core")
+    assert compile_cubin(peer_store.peer_store_spec(), "sm_90")
+
+
+def test_peer_store_refuses_before_it_launches() -> None:
+    kernels: Any = None
+    with pytest.raises(ValueError, match="peers must be 1 to 16 addresses, got 0"):
+        peer_store.launch_peer_store(kernels, 0, torch.empty(16, dtype=torch.uint8), [])
+    with pytest.raises(ValueError, match="source must be a multiple of 16 bytes, got 8"):
+        peer_store.launch_peer_store(kernels, 0, torch.empty(8, dtype=torch.uint8), [16])
