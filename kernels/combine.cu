@@ -3,6 +3,9 @@
 #include "record.cuh"
 #include "wait.cuh"
 
+// Rows whose loads are in flight together.
+constexpr int kRowBatch = 4;
+
 struct CombineSendParams {
     Comm comm;
     const int32_t* recv_offsets;      // [num_ranks + 1]
@@ -57,23 +60,37 @@ extern "C" __global__ void __launch_bounds__(384, 2)
         Quantizer quantizer = p.quantizer;
         quantizer.subsequence = num_ranks * (1 + source) + comm.rank;
         uint8_t* stage = sender.stage();
-#pragma unroll 2
         for (int step = 0; step < kVecsPerLane; ++step) {
             const int vec = step * 32 + lane;
             float sum[kVec] = {};
-            for (uint32_t left = rows; left != 0; left &= left - 1) {
-                const int j = __ffs(left) - 1;
-                const int row = __shfl_sync(kAllLanes, my_row, j);
-                const float weight = __shfl_sync(kAllLanes, my_weight, j);
-                if (vec >= kNumVecs) continue;
-                const uint4* data =
-                    reinterpret_cast<const uint4*>(p.y + static_cast<int64_t>(row) * (2 * kHidden)) + 2 * vec;
-                float term[kVec];
-                decode_bf16(load_stream(data), load_stream(data + 1), term);
+            for (uint32_t left = rows; left != 0;) {
+                uint4 low[kRowBatch], high[kRowBatch];
+                float weight[kRowBatch];
+                bool valid[kRowBatch];
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) {
-                    if (p.record_weights != nullptr) term[e] = __fmul_rn(weight, term[e]);
-                    sum[e] = __fadd_rn(sum[e], term[e]);
+                for (int i = 0; i < kRowBatch; ++i) {
+                    valid[i] = left != 0;
+                    const int j = valid[i] ? __ffs(left) - 1 : 0;
+                    left &= left - 1;
+                    const int row = __shfl_sync(kAllLanes, my_row, j);
+                    weight[i] = __shfl_sync(kAllLanes, my_weight, j);
+                    if (!valid[i] || vec >= kNumVecs) continue;
+                    const uint4* data =
+                        reinterpret_cast<const uint4*>(p.y + static_cast<int64_t>(row) * (2 * kHidden)) +
+                        2 * vec;
+                    low[i] = load_stream(data);
+                    high[i] = load_stream(data + 1);
+                }
+#pragma unroll
+                for (int i = 0; i < kRowBatch; ++i) {
+                    if (!valid[i] || vec >= kNumVecs) continue;
+                    float term[kVec];
+                    decode_bf16(low[i], high[i], term);
+#pragma unroll
+                    for (int e = 0; e < kVec; ++e) {
+                        if (p.record_weights != nullptr) term[e] = __fmul_rn(weight[i], term[e]);
+                        sum[e] = __fadd_rn(sum[e], term[e]);
+                    }
                 }
             }
             write_record(stage, encode_wire<false>(sum, 0, quantizer, token, vec), vec);
@@ -109,20 +126,31 @@ extern "C" __global__ void __launch_bounds__(256) combine_recv(const __grid_cons
         }
         if (!__all_sync(kAllLanes, arrived)) return;
         const uint32_t ranks = __ballot_sync(kAllLanes, slot >= 0);
-#pragma unroll 2
         for (int step = 0; step < kVecsPerLane; ++step) {
             const int vec = step * 32 + lane;
             float sum[kVec] = {};
-            for (uint32_t left = ranks; left != 0; left &= left - 1) {
-                const int rank = __ffs(left) - 1;
-                const int64_t index = slot_index(comm, rank, __shfl_sync(kAllLanes, slot, rank));
-                const uint8_t* record =
-                    region<uint8_t>(comm, comm.rank, comm.combine_records) + index * kRecordBytes;
-                float part[kVec];
-                decode_wire(read_record(record, vec), part);
+            for (uint32_t left = ranks; left != 0;) {
+                WireVec parts[kRowBatch];
+                bool valid[kRowBatch];
 #pragma unroll
-                for (int e = 0; e < kVec; ++e)
-                    sum[e] = __fadd_rn(sum[e], part[e]);
+                for (int i = 0; i < kRowBatch; ++i) {
+                    valid[i] = left != 0;
+                    const int rank = valid[i] ? __ffs(left) - 1 : 0;
+                    left &= left - 1;
+                    const int64_t index = slot_index(comm, rank, __shfl_sync(kAllLanes, slot, rank));
+                    if (!valid[i]) continue;
+                    const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.combine_records);
+                    parts[i] = read_record(records + index * kRecordBytes, vec);
+                }
+#pragma unroll
+                for (int i = 0; i < kRowBatch; ++i) {
+                    if (!valid[i]) continue;
+                    float part[kVec];
+                    decode_wire(parts[i], part);
+#pragma unroll
+                    for (int e = 0; e < kVec; ++e)
+                        sum[e] = __fadd_rn(sum[e], part[e]);
+                }
             }
             if (vec >= kNumVecs) continue;
             uint4 low, high;

@@ -58,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     uint32_t overflows = 0;
     int turn = 1;
-    for (int i = warp; i < most * num_ranks; i += num_warps) {
-        const int source = i % num_ranks, slot = i / num_ranks;
+    for (int next = warp; next < most * num_ranks; next += num_warps) {
+        const int source = next % num_ranks, slot = next / num_ranks;
         const int record = p.recv_offsets[source] + slot;
         if (record >= p.recv_offsets[source + 1]) continue;
         const int64_t index = slot_index(comm, source, slot);
@@ -75,17 +75,23 @@ extern "C" __global__ void __launch_bounds__(256)
         bulk_wait_read<1>();
         __syncwarp();
         uint32_t record_overflows = 0;
-#pragma unroll 7
-        for (int step = 0; step < kVecsPerLane; ++step) {
-            const int vec = step * 32 + lane;
-            const RowVec out = convert(read_record(bytes, vec), p.quantizer, record_overflows);
-            if (vec >= kNumVecs) continue;
-            write_data(stage, vec, out);
-            if (kRecv == kRecvFp8 && vec % kLanesPerGroup == 0) {
-                reinterpret_cast<float*>(stage + kRowBytes)[vec / kLanesPerGroup] = out.scale;
-            }
-            if (kRecv == kRecvMxfp4 && vec % kLanesPerBlock == 0) {
-                stage[kRowBytes + vec / kLanesPerBlock] = static_cast<uint8_t>(out.sf);
+        for (int first = 0; first < kVecsPerLane; first += kBatch) {
+            WireVec parts[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                parts[i] = read_record(bytes, (first + i) * 32 + lane);
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int vec = (first + i) * 32 + lane;
+                const RowVec out = convert(parts[i], p.quantizer, record_overflows);
+                if (vec >= kNumVecs) continue;
+                write_data(stage, vec, out);
+                if (kRecv == kRecvFp8 && vec % kLanesPerGroup == 0) {
+                    reinterpret_cast<float*>(stage + kRowBytes)[vec / kLanesPerGroup] = out.scale;
+                }
+                if (kRecv == kRecvMxfp4 && vec % kLanesPerBlock == 0) {
+                    stage[kRowBytes + vec / kLanesPerBlock] = static_cast<uint8_t>(out.sf);
+                }
             }
         }
         write_rows(p, stage, my_row);

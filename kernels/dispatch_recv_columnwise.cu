@@ -6,6 +6,7 @@ constexpr int kTile = 128;
 constexpr int kThreads = 256;
 constexpr int kRowsPerThread = 4;
 constexpr int kTileStride = kTile + 4;
+constexpr int kStrips = 8;  // pieces of a row of tiles; a block waits for the records of a piece once
 
 // Replaces the bytes of the set bits by NaN codes.
 __device__ __forceinline__ uint4 with_nan_bytes(const uint4& data, uint32_t bits) {
@@ -17,10 +18,10 @@ __device__ __forceinline__ uint4 with_nan_bytes(const uint4& data, uint32_t bits
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Any grid, 256 threads. A block takes tiles of 128 rows by 128 columns; groups start at multiples of 128, so
-// a tile belongs to one expert. It waits for the flags of the tile's records and writes the tile as
-// dispatch_recv would, and transposed. Thread t holds 16 columns, from 16 * (t % 8) on, of 4 rows, from 4 *
-// (t / 8) on; padding rows hold zeros.
+// Any grid, 256 threads. A block takes strips of tiles of 128 rows by 128 columns; groups start at multiples
+// of 128, so a tile belongs to one expert. It waits for the flags of the tile's records and writes the tile
+// as dispatch_recv would, and transposed. Thread t holds 16 columns, from 16 * (t % 8) on, of 4 rows, from 4
+// * (t / 8) on; padding rows hold zeros.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     dispatch_recv_columnwise(const __grid_constant__ DispatchRecvParams p) {
     __shared__ __align__(16) uint8_t tile[kTile * kTileStride];
@@ -35,10 +36,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
               row = threadIdx.x / kLanesPerGroup * kRowsPerThread;
     const int row_tiles = p.group_offsets[comm.num_local_experts] / kTile;
     constexpr int kColumnTiles = kHidden / kTile;
+    constexpr int kStrip = (kColumnTiles + kStrips - 1) / kStrips;
     uint32_t row_overflows = 0, column_overflows = 0;
 
-    for (int i = blockIdx.x; i < row_tiles * kColumnTiles; i += gridDim.x) {
-        const int first_row = i / kColumnTiles * kTile, first_column = i % kColumnTiles * kTile;
+    for (int i = blockIdx.x; i < row_tiles * kStrips; i += gridDim.x) {
+        const int first_row = i / kStrips * kTile;
         int expert = 0;
         for (int step = 1 << 30; step > 0; step >>= 1) {
             const int next = expert + step;
@@ -64,136 +66,144 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
         __syncthreads();
         if (!arrived) return;
 
-        WireVec parts[kRowsPerThread];
-#pragma unroll
-        for (int r = 0; r < kRowsPerThread; ++r) {
-            const int index = records[row + r];
+        for (int tile_column = i % kStrips * kStrip;
+             tile_column < min((i % kStrips + 1) * kStrip, kColumnTiles); ++tile_column) {
+            const int first_column = tile_column * kTile;
             const int vec = (first_column + column) / kVec;
-            if (index >= 0) {
-                const uint8_t* bytes = region<uint8_t>(comm, comm.rank, comm.dispatch_records) +
-                                       static_cast<int64_t>(index) * kRecordBytes;
-                parts[r] = read_record(bytes, vec);
-            } else {
-                parts[r] = {};
-                parts[r].scale = pow2(kMinScaleExponent);
-            }
-            const RowVec out = convert(parts[r], p.quantizer, row_overflows);
-            write_data(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
-            if (vec % kLanesPerGroup == 0) {
-                *scale_word(p, first_row + row + r, vec / kLanesPerGroup) = __float_as_uint(out.scale);
-            }
-        }
-
-        uint4 columns[kRowsPerThread];  // E4M3 under the columns' scales: row r, 16 columns
-        if constexpr (kWire == kMxfp4 && !kHadamard) {
-            uint32_t largest = 0;
-            bool counts[kRowsPerThread];
+            WireVec parts[kRowsPerThread];
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
-                counts[r] = takes_part(codes_of(parts[r]), parts[r].sf);
-                largest = max(largest, counts[r] ? parts[r].sf : 0);
-            }
-            largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 8));
-            largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 16));
-            if (lane < kLanesPerGroup) warp_max[warp][lane] = largest;
-            __syncthreads();
-#pragma unroll
-            for (int w = 0; w < kThreads / 32; ++w)
-                largest = max(largest, warp_max[w][lane % kLanesPerGroup]);
-            const uint32_t top = alignment_top(largest);
-#pragma unroll
-            for (int r = 0; r < kRowsPerThread; ++r) {
-                columns[r] = align_codes(codes_of(parts[r]), parts[r].sf, top);
-                const bool inexact = counts[r] && static_cast<int>(top - parts[r].sf) > kExactDistance;
-                if (inexact && lane % kLanesPerBlock == 0) ++column_overflows;
-            }
-            if (row == 0) {
-                const float scale = alignment_scale(top);
-                float4* sf = reinterpret_cast<float4*>(
-                    p.sf_columnwise + static_cast<int64_t>(first_row / kTile) * kHidden + first_column);
-#pragma unroll
-                for (int c = 0; c < kVec / 4; ++c)
-                    sf[column / 4 + c] = make_float4(scale, scale, scale, scale);
-            }
-        } else {
-            // Rows are decoded twice, which costs less than keeping them as floats.
-            uint32_t amax[kVec] = {};
-#pragma unroll
-            for (int r = 0; r < kRowsPerThread; ++r) {
-                float v[kVec];
-                decode_wire(parts[r], v);
-#pragma unroll
-                for (int c = 0; c < kVec; ++c)
-                    amax[c] = max(amax[c], __float_as_uint(v[c]) & 0x7fffffffu);
-            }
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) {
-                amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 8));
-                amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 16));
-                if (lane < kLanesPerGroup) warp_max[warp][column + c] = amax[c];
-            }
-            __syncthreads();
-            float factors[kVec];
-            uint32_t non_finite = 0;
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) {
-#pragma unroll
-                for (int w = 0; w < kThreads / 32; ++w)
-                    amax[c] = max(amax[c], warp_max[w][column + c]);
-                const int exponent = fp8_scale_exponent(amax[c]);
-                factors[c] = pow2(-exponent);
-                if (amax[c] >= kInfinityBits) non_finite |= 1u << c;
-                if (row == 0) {
-                    p.sf_columnwise[static_cast<int64_t>(first_row / kTile) * kHidden + first_column +
-                                    column + c] = pow2(exponent);
+                const int64_t index = records[row + r];
+                if (index >= 0) {
+                    const uint8_t* bytes =
+                        region<uint8_t>(comm, comm.rank, comm.dispatch_records) + index * kRecordBytes;
+                    parts[r] = read_record(bytes, vec);
+                } else {
+                    parts[r] = {};
+                    parts[r].scale = pow2(kMinScaleExponent);
                 }
             }
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
-                float v[kVec];
-                decode_wire(parts[r], v);
-#pragma unroll
-                for (int c = 0; c < kVec; ++c)
-                    v[c] = __fmul_rn(v[c], factors[c]);
-                columns[r] = encode_e4m3(v, 1.0f);
-                if (non_finite != 0) columns[r] = with_nan_bytes(columns[r], non_finite);
+                const RowVec out = convert(parts[r], p.quantizer, row_overflows);
+                write_data(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
+                if (vec % kLanesPerGroup == 0) {
+                    *scale_word(p, first_row + row + r, vec / kLanesPerGroup) = __float_as_uint(out.scale);
+                }
             }
-        }
 
-        // Transpose 4x4 bytes in registers: word c of the tile's column holds this thread's four rows.
-        const uint32_t rows4[kRowsPerThread][4] = {
-            {columns[0].x, columns[0].y, columns[0].z, columns[0].w},
-            {columns[1].x, columns[1].y, columns[1].z, columns[1].w},
-            {columns[2].x, columns[2].y, columns[2].z, columns[2].w},
-            {columns[3].x, columns[3].y, columns[3].z, columns[3].w},
-        };
+            uint4 columns[kRowsPerThread];  // E4M3 under the columns' scales: row r, 16 columns
+            if constexpr (kWire == kMxfp4 && !kHadamard) {
+                uint32_t largest = 0;
+                bool counts[kRowsPerThread];
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-            const uint32_t low01 = __byte_perm(rows4[0][q], rows4[1][q], 0x5140u);
-            const uint32_t low23 = __byte_perm(rows4[2][q], rows4[3][q], 0x5140u);
-            const uint32_t high01 = __byte_perm(rows4[0][q], rows4[1][q], 0x7362u);
-            const uint32_t high23 = __byte_perm(rows4[2][q], rows4[3][q], 0x7362u);
-            const uint32_t transposed[4] = {
-                __byte_perm(low01, low23, 0x5410u),
-                __byte_perm(low01, low23, 0x7632u),
-                __byte_perm(high01, high23, 0x5410u),
-                __byte_perm(high01, high23, 0x7632u),
+                for (int r = 0; r < kRowsPerThread; ++r) {
+                    counts[r] = takes_part(codes_of(parts[r]), parts[r].sf);
+                    largest = max(largest, counts[r] ? parts[r].sf : 0);
+                }
+                largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 8));
+                largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 16));
+                if (lane < kLanesPerGroup) warp_max[warp][lane] = largest;
+                __syncthreads();
+#pragma unroll
+                for (int w = 0; w < kThreads / 32; ++w)
+                    largest = max(largest, warp_max[w][lane % kLanesPerGroup]);
+                const uint32_t top = alignment_top(largest);
+#pragma unroll
+                for (int r = 0; r < kRowsPerThread; ++r) {
+                    columns[r] = align_codes(codes_of(parts[r]), parts[r].sf, top);
+                    const bool inexact = counts[r] && static_cast<int>(top - parts[r].sf) > kExactDistance;
+                    if (inexact && lane % kLanesPerBlock == 0) ++column_overflows;
+                }
+                if (row == 0) {
+                    const float scale = alignment_scale(top);
+                    float4* sf = reinterpret_cast<float4*>(
+                        p.sf_columnwise + static_cast<int64_t>(first_row / kTile) * kHidden + first_column);
+#pragma unroll
+                    for (int c = 0; c < kVec / 4; ++c)
+                        sf[column / 4 + c] = make_float4(scale, scale, scale, scale);
+                }
+            } else {
+                // Rows are decoded twice, which costs less than keeping them as floats.
+                uint32_t amax[kVec] = {};
+#pragma unroll
+                for (int r = 0; r < kRowsPerThread; ++r) {
+                    float v[kVec];
+                    decode_wire(parts[r], v);
+#pragma unroll
+                    for (int c = 0; c < kVec; ++c)
+                        amax[c] = max(amax[c], __float_as_uint(v[c]) & 0x7fffffffu);
+                }
+#pragma unroll
+                for (int c = 0; c < kVec; ++c) {
+                    amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 8));
+                    amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 16));
+                    if (lane < kLanesPerGroup) warp_max[warp][column + c] = amax[c];
+                }
+                __syncthreads();
+                float factors[kVec];
+                uint32_t non_finite = 0;
+#pragma unroll
+                for (int c = 0; c < kVec; ++c) {
+#pragma unroll
+                    for (int w = 0; w < kThreads / 32; ++w)
+                        amax[c] = max(amax[c], warp_max[w][column + c]);
+                    const int exponent = fp8_scale_exponent(amax[c]);
+                    factors[c] = pow2(-exponent);
+                    if (amax[c] >= kInfinityBits) non_finite |= 1u << c;
+                    if (row == 0) {
+                        p.sf_columnwise[static_cast<int64_t>(first_row / kTile) * kHidden + first_column +
+                                        column + c] = pow2(exponent);
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < kRowsPerThread; ++r) {
+                    float v[kVec];
+                    decode_wire(parts[r], v);
+#pragma unroll
+                    for (int c = 0; c < kVec; ++c)
+                        v[c] = __fmul_rn(v[c], factors[c]);
+                    columns[r] = encode_e4m3(v, 1.0f);
+                    if (non_finite != 0) columns[r] = with_nan_bytes(columns[r], non_finite);
+                }
+            }
+
+            // Transpose 4x4 bytes in registers: word c of the tile's column holds this thread's four rows.
+            const uint32_t rows4[kRowsPerThread][4] = {
+                {columns[0].x, columns[0].y, columns[0].z, columns[0].w},
+                {columns[1].x, columns[1].y, columns[1].z, columns[1].w},
+                {columns[2].x, columns[2].y, columns[2].z, columns[2].w},
+                {columns[3].x, columns[3].y, columns[3].z, columns[3].w},
             };
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                *reinterpret_cast<uint32_t*>(tile + (column + 4 * q + c) * kTileStride + row) = transposed[c];
+            for (int q = 0; q < 4; ++q) {
+                const uint32_t low01 = __byte_perm(rows4[0][q], rows4[1][q], 0x5140u);
+                const uint32_t low23 = __byte_perm(rows4[2][q], rows4[3][q], 0x5140u);
+                const uint32_t high01 = __byte_perm(rows4[0][q], rows4[1][q], 0x7362u);
+                const uint32_t high23 = __byte_perm(rows4[2][q], rows4[3][q], 0x7362u);
+                const uint32_t transposed[4] = {
+                    __byte_perm(low01, low23, 0x5410u),
+                    __byte_perm(low01, low23, 0x7632u),
+                    __byte_perm(high01, high23, 0x5410u),
+                    __byte_perm(high01, high23, 0x7632u),
+                };
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    *reinterpret_cast<uint32_t*>(tile + (column + 4 * q + c) * kTileStride + row) =
+                        transposed[c];
+                }
             }
+            __syncthreads();
+            uint8_t* group = p.x_columnwise + static_cast<int64_t>(group_begin) * kHidden;
+            for (int w = threadIdx.x; w < kTile * kTile / 4; w += kThreads) {
+                const int c = w / (kTile / 4), r = w % (kTile / 4) * 4;
+                const int64_t offset =
+                    static_cast<int64_t>(first_column + c) * group_rows + (first_row - group_begin) + r;
+                *reinterpret_cast<uint32_t*>(group + offset) =
+                    *reinterpret_cast<uint32_t*>(tile + c * kTileStride + r);
+            }
+            __syncthreads();
         }
-        __syncthreads();
-        uint8_t* group = p.x_columnwise + static_cast<int64_t>(group_begin) * kHidden;
-        for (int w = threadIdx.x; w < kTile * kTile / 4; w += kThreads) {
-            const int c = w / (kTile / 4), r = w % (kTile / 4) * 4;
-            const int64_t offset =
-                static_cast<int64_t>(first_column + c) * group_rows + (first_row - group_begin) + r;
-            *reinterpret_cast<uint32_t*>(group + offset) =
-                *reinterpret_cast<uint32_t*>(tile + c * kTileStride + r);
-        }
-        __syncthreads();
     }
     add_overflows(p.overflows, row_overflows);
     add_overflows(p.overflows + 1, column_overflows);

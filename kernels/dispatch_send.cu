@@ -21,6 +21,52 @@ static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
 
 constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
 
+// One lane's part of a bf16 or FP8 token.
+struct InputVec {
+    uint4 low;
+    uint4 high;
+    float scale;
+};
+
+// Reads one lane's part; lanes past the end get zeros.
+__device__ __forceinline__ InputVec read_input(const DispatchSendParams& p, int token, int vec) {
+    InputVec in = {};
+    if (vec >= kNumVecs) return in;
+    if constexpr (kInput == kInputBf16) {
+        const uint4* data =
+            reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (2 * kHidden)) + 2 * vec;
+        in.low = load_stream(data);
+        in.high = load_stream(data + 1);
+    } else {
+        in.low =
+            load_stream(reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden) + vec);
+        const float* sf = reinterpret_cast<const float*>(p.sf) + token * p.sf_row_stride;
+        in.scale = sf[vec / kLanesPerGroup * p.sf_group_stride];
+    }
+    return in;
+}
+
+__device__ __forceinline__ WireVec encode_input(const InputVec& in, const Quantizer& quantizer, int token,
+                                                int vec) {
+    if constexpr (static_cast<int>(kInput) == static_cast<int>(kWire)) {
+        return {in.low, in.high, in.scale, 0};
+    } else if constexpr (kInput == kInputBf16 && kWire == kMxfp4 && !kHadamard && !kStochastic) {
+        return wire_vec(quantize_mxfp4(in.low, in.high, quantizer));
+    } else {
+        float v[kVec];
+        int offset = 0;
+        if constexpr (kInput == kInputBf16) {
+            decode_bf16(in.low, in.high, v);
+        } else if constexpr (kHadamard) {
+            decode_fp8(in.low, in.scale, v);
+        } else {
+            decode_e4m3(in.low, v);
+            offset = scale_to_odd(v, in.scale);
+        }
+        return encode_wire<kInput == kInputFp8>(v, offset, quantizer, token, vec);
+    }
+}
+
 // Any grid, at most 384 threads; a warp takes every num_warps-th token. Dynamic shared memory: two records a
 // warp, 16-byte aligned. Reads x once and writes each record once per destination rank, itself included: slot
 // send_slot[token][rank] of this rank's region there, then, with release order, that slot's flag.
@@ -58,49 +104,16 @@ extern "C" __global__ void __launch_bounds__(384, 2)
                 reinterpret_cast<uint32_t*>(stage + kScaleOffset)[i] = sf[i];
             }
         } else {
-#pragma unroll 7
-            for (int i = 0; i < kVecsPerLane; ++i) {
-                const int vec = i * 32 + lane;
-                const bool active = vec < kNumVecs;
-                const uint4 zero = make_uint4(0, 0, 0, 0);
-                WireVec w = {};
-                if constexpr (kInput == kInputBf16) {
-                    const uint4* data =
-                        reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (2 * kHidden)) +
-                        2 * vec;
-                    const uint4 low = active ? data[0] : zero, high = active ? data[1] : zero;
-                    if constexpr (kWire == kBf16) {
-                        w.low = low;
-                        w.high = high;
-                    } else if constexpr (kWire == kMxfp4 && !kHadamard && !kStochastic) {
-                        w = wire_vec(quantize_mxfp4(low, high, p.quantizer));
-                    } else {
-                        float v[kVec];
-                        decode_bf16(low, high, v);
-                        w = encode_wire<false>(v, 0, p.quantizer, token, vec);
-                    }
-                } else {
-                    const uint4* data =
-                        reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden);
-                    const float* sf = reinterpret_cast<const float*>(p.sf) + token * p.sf_row_stride;
-                    const uint4 codes = active ? data[vec] : zero;
-                    const float scale = active ? sf[vec / kLanesPerGroup * p.sf_group_stride] : 0.0f;
-                    if constexpr (kWire == kFp8) {
-                        w.low = codes;
-                        w.scale = scale;
-                    } else {
-                        float v[kVec];
-                        int offset = 0;
-                        if constexpr (kHadamard) {
-                            decode_fp8(codes, scale, v);
-                        } else {
-                            decode_e4m3(codes, v);
-                            offset = scale_to_odd(v, scale);
-                        }
-                        w = encode_wire<true>(v, offset, p.quantizer, token, vec);
-                    }
+            for (int first = 0; first < kVecsPerLane; first += kBatch) {
+                InputVec parts[kBatch];
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i)
+                    parts[i] = read_input(p, token, (first + i) * 32 + lane);
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i) {
+                    const int vec = (first + i) * 32 + lane;
+                    write_record(stage, encode_input(parts[i], p.quantizer, token, vec), vec);
                 }
-                write_record(stage, w, vec);
             }
         }
         uint8_t* destination = nullptr;

@@ -12,6 +12,10 @@ constexpr int kRecordBytes = QCOMM_RECORD_BYTES;
 constexpr int kScaleOffset = QCOMM_SCALE_OFFSET;
 constexpr int kNumVecs = kHidden / kVec;
 constexpr int kVecsPerLane = (kNumVecs + 31) / 32;
+// Vectors a lane loads before it works on the first: enough loads in flight to hide their latency, in the registers
+// that the work leaves.
+constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : 7;
+constexpr int kBatch = kVecsPerLane < kMaxBatch ? kVecsPerLane : kMaxBatch;
 
 // One lane's part of a record, in the format it has there.
 struct WireVec {
