@@ -4,7 +4,7 @@
 #include "wait.cuh"
 
 // Rows whose loads are in flight together.
-constexpr int kRowBatch = 4;
+constexpr int kRowBatch = 3;
 
 struct CombineSendParams {
     Comm comm;
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(384, 2)
     if (timed_out(comm)) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int num_warps = gridDim.x * (blockDim.x / 32), num_ranks = comm.num_ranks;
-    Sender sender(shared + warp * 2 * kRecordBytes, comm.state->epoch);
+    Sender sender(shared + warp * kRecordBytes, comm.state->epoch);
 
     int most = 0;
     for (int source = 0; source < num_ranks; ++source) {

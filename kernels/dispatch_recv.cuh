@@ -21,8 +21,8 @@ struct DispatchRecvParams {
     Quantizer quantizer;
     int32_t width;
     int32_t rows_per_expert;  // 0 unless "batched"
-    int32_t
-        padded_rows;  // rows below it that hold no record are zeroed; -1 is group_offsets[num_local_experts]
+    int32_t padded_rows;      // rows below it that hold no record are zeroed; -1 for those of all groups
+    int32_t num_rows;         // rows of x; what belongs past them is left out
 };
 
 static_assert(sizeof(DispatchRecvParams) == QCOMM_SIZEOF_DISPATCH_RECV,

@@ -86,14 +86,14 @@ extern "C" __global__ void __launch_bounds__(384, 2)
     }
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int num_warps = gridDim.x * (blockDim.x / 32);
-    Sender sender(shared + warp * 2 * kRecordBytes, epoch);
+    Sender sender(shared + warp * kRecordBytes, epoch);
 
     for (int token = blockIdx.x + gridDim.x * warp; token < p.num_tokens; token += num_warps) {
         const int slot =
             lane < comm.num_ranks ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + lane] : -1;
         if (__all_sync(kAllLanes, slot < 0)) continue;
-        uint8_t* stage = sender.stage();
         if constexpr (kInput == kInputMxfp4) {
+            uint8_t* stage = sender.stage();
             const uint4* data =
                 reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (kHidden / 2));
             const uint32_t* sf =
@@ -109,6 +109,7 @@ extern "C" __global__ void __launch_bounds__(384, 2)
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i)
                     parts[i] = read_input(p, token, (first + i) * 32 + lane);
+                uint8_t* stage = sender.stage();
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i) {
                     const int vec = (first + i) * 32 + lane;

@@ -24,6 +24,10 @@ __device__ __forceinline__ void store_release_sys(uint32_t* p, uint32_t v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_release_gpu(uint32_t* p, uint32_t v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
 // Streaming loads that leave L1 alone; ordered after an acquire like any other load.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
     uint4 v;

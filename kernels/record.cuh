@@ -12,9 +12,9 @@ constexpr int kRecordBytes = QCOMM_RECORD_BYTES;
 constexpr int kScaleOffset = QCOMM_SCALE_OFFSET;
 constexpr int kNumVecs = kHidden / kVec;
 constexpr int kVecsPerLane = (kNumVecs + 31) / 32;
-// Vectors a lane loads before it works on the first: enough loads in flight to hide their latency, in the registers
-// that the work leaves.
-constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : 7;
+// Vectors a lane loads before it works on the first: enough loads in flight to hide their latency, in the
+// registers that the work leaves.
+constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : kWire == kBf16 ? 4 : 7;
 constexpr int kBatch = kVecsPerLane < kMaxBatch ? kVecsPerLane : kMaxBatch;
 
 // One lane's part of a record, in the format it has there.
@@ -107,39 +107,37 @@ __device__ __forceinline__ void write_record(uint8_t* record, const WireVec& w, 
     }
 }
 
-// A warp's two shared-memory stages. While the copies of one record fly, the next is encoded; a record's
-// flags are raised once its copies are complete. Lane l sends to rank l.
+// A warp's shared-memory stage. While the copies of one record fly, the next is loaded and encoded; a
+// record's flags are raised once its copies are complete. Lane l sends to rank l.
 class Sender {
   public:
-    __device__ __forceinline__ Sender(uint8_t* stages, uint32_t epoch) : stages_(stages), epoch_(epoch) {}
+    __device__ __forceinline__ Sender(uint8_t* stage, uint32_t epoch) : stage_(stage), epoch_(epoch) {}
 
-    __device__ __forceinline__ uint8_t* stage() { return stages_ + turn_ * kRecordBytes; }
+    // Returns the stage, free to be written.
+    __device__ __forceinline__ uint8_t* stage() {
+        bulk_wait_read<0>();
+        __syncwarp();
+        return stage_;
+    }
 
     // Sends the stage to this lane's destination, null for none.
     __device__ __forceinline__ void send(uint8_t* destination, uint32_t* flag) {
         fence_proxy_async_shared();
+        finish();
         __syncwarp();
-        if (destination != nullptr) bulk_store(destination, stage(), kRecordBytes);
+        if (destination != nullptr) bulk_store(destination, stage_, kRecordBytes);
         bulk_commit();
-        bulk_wait<1>();
-        raise();
         flag_ = destination == nullptr ? nullptr : flag;
-        turn_ ^= 1;
-        __syncwarp();
     }
 
+    // Raises the flags of the last record once it is there.
     __device__ __forceinline__ void finish() {
         bulk_wait<0>();
-        raise();
-    }
-
-  private:
-    __device__ __forceinline__ void raise() {
         if (flag_ != nullptr) store_release_sys(flag_, epoch_);
     }
 
-    uint8_t* stages_;
+  private:
+    uint8_t* stage_;
     uint32_t* flag_ = nullptr;
     uint32_t epoch_;
-    int turn_ = 0;
 };

@@ -84,12 +84,12 @@ __device__ __forceinline__ uint32_t ranks_of(const Comm& comm, const int (&exper
 // Numbers each token within its destination ranks and its experts, in token order, and writes every record's
 // metadata and this rank's counts to the peers. Counts the call in state->epoch.
 //
-// Grid ceil(num_tokens / chunk), at least 1 and at most kMaxChunks; 512 threads. Dynamic shared memory:
+// Grid ceil(num_tokens / chunk), at least 1 and at most 128; 1024 threads. Dynamic shared memory:
 // (num_experts + num_ranks) * (1 + chunk / 32) words: how many earlier tokens go to each expert and rank,
 // then for each a bitmap of the chunk's tokens. A block publishes its chunk's counts and adds up those of the
 // chunks before it; blocks start in order, so it waits only for blocks that run. The last block to finish
 // raises this rank's route flag in every peer.
-extern "C" __global__ void __launch_bounds__(512) route(const __grid_constant__ RouteParams p) {
+extern "C" __global__ void __launch_bounds__(1024) route(const __grid_constant__ RouteParams p) {
     extern __shared__ uint32_t shared[];
     const Comm& comm = p.comm;
     const int num_keys = comm.num_experts + comm.num_ranks;
@@ -124,16 +124,16 @@ extern "C" __global__ void __launch_bounds__(512) route(const __grid_constant__ 
         comm.chunk_counts[blockIdx.x * num_keys + key] = count;
     }
     __syncthreads();
-    if (threadIdx.x == 0) store_release_sys(comm.chunk_flags + blockIdx.x, epoch);
+    if (threadIdx.x == 0) store_release_gpu(comm.chunk_flags + blockIdx.x, epoch);
     for (int chunk = threadIdx.x; chunk < blockIdx.x; chunk += blockDim.x) {
         wait_flag(comm, comm.chunk_flags + chunk, epoch, comm.rank, kPhaseRoute);
     }
     __syncthreads();
-    constexpr int kParts = 4;
+    constexpr int kParts = 8;
     for (int i = threadIdx.x; i < num_keys * kParts; i += blockDim.x) {
         const int key = i % num_keys;
         uint32_t sum = 0;
-#pragma unroll 8
+#pragma unroll 16
         for (int chunk = i / num_keys; chunk < blockIdx.x; chunk += kParts) {
             sum += comm.chunk_counts[chunk * num_keys + key];
         }

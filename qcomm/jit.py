@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -56,28 +58,51 @@ def cache_dir() -> pathlib.Path:
     return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "qcomm"
 
 
+@dataclasses.dataclass(frozen=True)
+class ResourceUsage:
+    """What one kernel takes, as ptxas reports it.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stored per thread in local memory for want of registers.
+        static_shared_bytes: per block; dynamic shared memory, and the 1 KiB that CUDA takes for itself, come on top.
+    """
+
+    registers: int
+    spill_bytes: int
+    static_shared_bytes: int
+
+
 def compile_cubin(spec: KernelSpec, arch: str) -> bytes:
     """Compile a spec for an architecture such as "sm_90"; needs NVRTC but no GPU.
 
     Raises:
         QcommUnsupportedError: NVRTC is missing, or refuses the source; holds its log.
     """
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise QcommUnsupportedError(f"compiling kernels needs cuda-core: {error}", phase="jit") from error
-    source = kernels_dir() / f"{spec.file}.cu"
-    options = ProgramOptions(
-        name=source.name,
-        arch=arch,
-        std="c++17",
-        include_path=[str(kernels_dir())],
-        define_macro=[(f"QCOMM_{name}", str(value)) for name, value in spec.constants],
+    return _compile(spec, arch, None)
+
+
+def resource_usage(spec: KernelSpec, arch: str) -> ResourceUsage:
+    """Compile a spec and return what its kernel takes; needs NVRTC but no GPU.
+
+    Raises:
+        QcommUnsupportedError: as for `compile_cubin`.
+    """
+    log = io.StringIO()
+    _compile(spec, arch, log)
+    # A file may hold several kernels; each has its lines after the one that names it.
+    parts = re.split(r"Compiling entry function '(\w+)'", log.getvalue())
+    lines = dict(zip(parts[1::2], parts[2::2], strict=True))[spec.name]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, lines)
+        return int(found[1]) if found else 0
+
+    return ResourceUsage(
+        registers=number(r"Used (\d+) registers"),
+        spill_bytes=number(r"(\d+) bytes spill stores"),
+        static_shared_bytes=number(r"(\d+) bytes smem"),
     )
-    try:
-        return bytes(Program(source.read_text(), "c++", options).compile("cubin").code)
-    except Exception as error:
-        raise QcommUnsupportedError(f"NVRTC could not compile {spec}: {error}", phase="jit") from error
 
 
 def cubin_path(spec: KernelSpec, arch: str) -> pathlib.Path:
@@ -107,6 +132,7 @@ class Kernel:
         self._function = function
         function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
+        self._shared_bytes = _MAX_STATIC_SHARED_BYTES
 
     @property
     def num_registers(self) -> int:
@@ -122,8 +148,8 @@ class Kernel:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
         from cuda.bindings import driver
 
-        if shared_bytes > _MAX_STATIC_SHARED_BYTES:
-            self._function.max_dynamic_shared_size_bytes = shared_bytes
+        if shared_bytes > self._shared_bytes:
+            self._function.max_dynamic_shared_size_bytes = self._shared_bytes = shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         (result,) = driver.cuLaunchKernel(
             self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
@@ -158,3 +184,24 @@ def _sources_digest() -> str:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _compile(spec: KernelSpec, arch: str, log: io.StringIO | None) -> bytes:
+    """Compile a spec; with a log, ptxas writes there what each kernel takes."""
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise QcommUnsupportedError(f"compiling kernels needs cuda-core: {error}", phase="jit") from error
+    source = kernels_dir() / f"{spec.file}.cu"
+    options = ProgramOptions(
+        name=source.name,
+        arch=arch,
+        std="c++17",
+        include_path=[str(kernels_dir())],
+        define_macro=[(f"QCOMM_{name}", str(value)) for name, value in spec.constants],
+        ptxas_options=None if log is None else ["-v"],
+    )
+    try:
+        return bytes(Program(source.read_text(), "c++", options).compile("cubin", logs=log).code)
+    except Exception as error:
+        raise QcommUnsupportedError(f"NVRTC could not compile {spec}: {error}", phase="jit") from error

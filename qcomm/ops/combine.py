@@ -79,7 +79,7 @@ def launch_send(
     record_bytes = RecordLayout(wire.kind, hidden).num_bytes
     warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
     kernel = launcher.kernels.get(combine_spec, "combine_send", wire, hidden)
-    kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
+    kernel.launch(launcher.num_sms, 32 * warps, warps * record_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:

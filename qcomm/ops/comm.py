@@ -149,8 +149,8 @@ def launch_barrier(launcher: Launcher, stream: int, overflows: torch.Tensor | No
 
 
 def staging_warps(stage_bytes: int, budget_bytes: int, most: int) -> int:
-    """Return the warps of a block that holds two stages a warp, within a shared-memory budget.
+    """Return the warps of a block that holds one stage a warp, within a shared-memory budget.
 
     The budgets of a send and a receive kernel together fit one SM, so that neither can keep the other out.
     """
-    return max(1, min(most, budget_bytes // (2 * stage_bytes)))
+    return max(1, min(most, budget_bytes // stage_bytes))

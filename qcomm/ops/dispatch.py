@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import torch
 
 from qcomm.exchange import DispatchOptions, Payload, WireInput
-from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, Rounding, WireFormat
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, Rounding, ScaleLayout, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, spec, staging_warps, wire_constants
@@ -18,7 +19,7 @@ _COLUMNWISE_THREADS = 256
 _SEND_SHARED_BYTES = 92 * 1024
 _RECV_SHARED_BYTES = 118 * 1024
 _MAX_SEND_WARPS = 12
-_MAX_RECV_WARPS = 8
+_MAX_RECV_WARPS = 12
 
 
 class DispatchSendParams(ctypes.Structure):
@@ -58,6 +59,7 @@ class DispatchRecvParams(ctypes.Structure):
         ("width", ctypes.c_int32),
         ("rows_per_expert", ctypes.c_int32),
         ("padded_rows", ctypes.c_int32),
+        ("num_rows", ctypes.c_int32),
     )
 
 
@@ -124,73 +126,97 @@ def launch_send(
     )
     record_bytes = RecordLayout(wire.kind, hidden).num_bytes
     warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
-    kernel = launcher.kernels.get(send_spec, kind, _encoding(wire, kind), hidden)
-    kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * record_bytes, stream, params)
+    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden)
+    kernel.launch(launcher.num_sms, 32 * warps, warps * record_bytes, stream, params)
 
 
-def launch_recv(
-    launcher: Launcher,
-    stream: int,
-    handle: DispatchHandle,
-    options: DispatchOptions,
-    hidden: int,
-    overflows: torch.Tensor,
-    num_rows: int,
-    rows_per_expert: int,
-) -> Payload:
-    """Allocate the received rows, and fill them as records arrive.
+class Receive:
+    """A receive made ready: launching it takes little more than allocating the result.
 
     Args:
         launcher: kernels and symmetric memory.
-        stream: to launch on.
-        handle: where records go; may be longer than num_rows.
+        handle: where records go; may be longer than the result.
         options: the call's options.
         hidden: elements in a token.
-        overflows: `[2]` int64, zeroed on the stream before.
-        num_rows: rows of the result.
-        rows_per_expert: rows of one expert in the "batched" layout, else 0.
+        overflows: `[2]` int64, which the call zeroes on the stream first.
     """
-    device = overflows.device
-    sf: torch.Tensor | None = None
-    x_columnwise = sf_columnwise = None
-    sf_strides = (0, 0, 0)
-    if options.recv_dtype == "bf16":
-        x = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=device)
-    elif options.recv_dtype == "mxfp4":
-        x = torch.empty(num_rows, hidden // 2, dtype=torch.uint8, device=device)
-        sf = torch.empty(num_rows, hidden // BLOCK_SIZE, dtype=torch.uint8, device=device)
-    else:
-        x = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
-        sf = empty_scales(num_rows, hidden // FP8_GROUP_SIZE, options.sf_layout, device)
-        sf_strides = (rows_per_expert * sf.stride(0), sf.stride(0), sf.stride(1))
-    if options.columnwise:
-        x_columnwise = torch.empty(num_rows * hidden, dtype=torch.float8_e4m3fn, device=device)
-        sf_columnwise = torch.empty(num_rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
-    params = DispatchRecvParams(
-        launcher.comm,
-        handle.recv_offsets.data_ptr(),
-        handle.record_rows.data_ptr(),
-        handle.row_record.data_ptr(),
-        pointer(handle.group_offsets),
-        x.data_ptr(),
-        pointer(sf),
-        overflows.data_ptr(),
-        pointer(x_columnwise),
-        pointer(sf_columnwise),
-        *sf_strides,
-        Quantizer.of(WireFormat("mxfp4"), 0, 0),
-        handle.record_rows.shape[1],
-        rows_per_expert,
-        padded_rows(handle, num_rows),
-    )
-    kernel = launcher.kernels.get(recv_spec, options.recv_dtype, options.columnwise, _decoding(options.wire), hidden)
-    if options.columnwise:
-        kernel.launch(launcher.num_sms, _COLUMNWISE_THREADS, 0, stream, params)
-    else:
-        stage_bytes = recv_stage_bytes(options.recv_dtype, hidden)
-        warps = staging_warps(stage_bytes, _RECV_SHARED_BYTES, _MAX_RECV_WARPS)
-        kernel.launch(launcher.num_sms, 32 * warps, 2 * warps * stage_bytes, stream, params)
-    return Payload(x, sf, x_columnwise, sf_columnwise, overflows)
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        handle: DispatchHandle,
+        options: DispatchOptions,
+        hidden: int,
+        overflows: torch.Tensor,
+    ) -> None:
+        self._handle, self._options, self._hidden, self._overflows = handle, options, hidden, overflows
+        self._params = DispatchRecvParams(
+            comm=launcher.comm,
+            recv_offsets=handle.recv_offsets.data_ptr(),
+            record_rows=handle.record_rows.data_ptr(),
+            row_record=handle.row_record.data_ptr(),
+            group_offsets=pointer(handle.group_offsets),
+            overflows=overflows.data_ptr(),
+            quantizer=Quantizer.of(WireFormat("mxfp4"), 0, 0),
+            width=handle.record_rows.shape[1],
+        )
+        wire = decoding(options.wire)
+        self._kernel = launcher.kernels.get(recv_spec, options.recv_dtype, options.columnwise, wire, hidden)
+        self._grid, self._threads, self._shared_bytes = launcher.num_sms, _COLUMNWISE_THREADS, 0
+        if not options.columnwise:
+            stage_bytes = recv_stage_bytes(options.recv_dtype, hidden)
+            warps = staging_warps(stage_bytes, _RECV_SHARED_BYTES, _MAX_RECV_WARPS)
+            self._threads, self._shared_bytes = 32 * warps, warps * stage_bytes
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether a longer result can be cut to the right length: not if its storage depends on the length."""
+        options = self._options
+        plain = options.sf_layout is ScaleLayout.ROW_MAJOR and not options.columnwise
+        return plain and options.recv_layout != "batched"
+
+    def launch_again(self, stream: int, num_rows: int) -> Payload:
+        """Launch once more, for a result that turned out longer than what was launched."""
+        self._overflows.zero_()
+        return self.launch(stream, num_rows, 0)
+
+    def launch(self, stream: int, num_rows: int, rows_per_expert: int) -> Payload:
+        """Allocate the received rows, and fill them as records arrive.
+
+        Args:
+            stream: to launch on.
+            num_rows: rows of the result.
+            rows_per_expert: rows of one expert in the "batched" layout, else 0.
+        """
+        params, hidden, device = self._params, self._hidden, self._overflows.device
+        sf: torch.Tensor | None = None
+        x_columnwise = sf_columnwise = None
+        if self._options.recv_dtype == "bf16":
+            x = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=device)
+        elif self._options.recv_dtype == "mxfp4":
+            x = torch.empty(num_rows, hidden // 2, dtype=torch.uint8, device=device)
+            sf = torch.empty(num_rows, hidden // BLOCK_SIZE, dtype=torch.uint8, device=device)
+        else:
+            x = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
+            sf = empty_scales(num_rows, hidden // FP8_GROUP_SIZE, self._options.sf_layout, device)
+            params.sf_row_stride, params.sf_group_stride = sf.stride()
+            params.sf_expert_stride = rows_per_expert * params.sf_row_stride
+        if self._options.columnwise:
+            x_columnwise = torch.empty(num_rows * hidden, dtype=torch.float8_e4m3fn, device=device)
+            sf_columnwise = torch.empty(num_rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
+            params.x_columnwise, params.sf_columnwise = x_columnwise.data_ptr(), sf_columnwise.data_ptr()
+        params.x, params.sf = x.data_ptr(), pointer(sf)
+        params.rows_per_expert = rows_per_expert
+        params.padded_rows = padded_rows(self._handle, num_rows)
+        params.num_rows = num_rows
+        self._kernel.launch(self._grid, self._threads, self._shared_bytes, stream, params)
+        return Payload(x, sf, x_columnwise, sf_columnwise, self._overflows)
+
+
+def cut(payload: Payload, num_rows: int) -> Payload:
+    """Cut a result of `Receive.can_guess` to its first rows."""
+    sf = None if payload.sf is None else payload.sf[:num_rows]
+    return dataclasses.replace(payload, x=payload.x[:num_rows], sf=sf)
 
 
 def padded_rows(handle: DispatchHandle, num_rows: int) -> int:
@@ -200,13 +226,13 @@ def padded_rows(handle: DispatchHandle, num_rows: int) -> int:
     return num_rows if handle.recv_layout == "batched" and not handle.static else 0
 
 
-def _encoding(wire: WireFormat, input_kind: str) -> WireFormat:
+def encoding(wire: WireFormat, input_kind: str) -> WireFormat:
     """Drop the options that do not change the sending kernel; the scale rule is a parameter."""
     if input_kind == "mxfp4" or wire.kind != "mxfp4":
         return WireFormat(wire.kind)
     return WireFormat("mxfp4", rounding=wire.rounding, hadamard=wire.hadamard)
 
 
-def _decoding(wire: WireFormat) -> WireFormat:
+def decoding(wire: WireFormat) -> WireFormat:
     """Drop the options that do not change the receiving kernel."""
     return WireFormat(wire.kind, rounding=Rounding.NEAREST, hadamard=wire.hadamard)

@@ -28,8 +28,8 @@ from qcomm.errors import (
     QcommTimeoutError,
     QcommUnsupportedError,
 )
-from qcomm.exchange import DispatchOptions, WireInput
-from qcomm.formats import WireFormat
+from qcomm.exchange import DispatchOptions, Payload, WireInput
+from qcomm.formats import FP8_GROUP_SIZE, WireFormat
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.jit import KernelLoader
 from qcomm.ops import combine, dispatch, route
@@ -46,13 +46,14 @@ from qcomm.ops.comm import (
     launch_barrier,
     pointer,
 )
-from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout
+from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import overflow_error, received
 from qcomm.transport.streams import record_stream
 from qcomm.transport.symmetric import allocate
 
 _HOST_GRACE_S = 5.0
+_GUESS_MARGIN = 32
 _NO_BAD_TOKEN = 0x7FFFFFFF
 _POINTER_ALIGNMENT = 16
 
@@ -86,6 +87,7 @@ class NvlinkTransport:
         self._send_stream = torch.cuda.Stream(member.device, priority=-1)
         self._last: torch.cuda.Event | None = None
         self._sequence = 0
+        self._guess: dict[str, int] = {}
         with torch.cuda.device(member.device):
             self._memory = allocate(provider, self._layout.num_bytes, member)
             self._state = torch.zeros(ctypes.sizeof(State), dtype=torch.uint8, device=member.device)
@@ -121,10 +123,11 @@ class NvlinkTransport:
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed, True)
             self._launch_place(call.stream, draft, options, overflows)
-            counts = None if options.static else self._wait_for_counts(topk_idx)
-            rows = (draft.num_rows, draft.rows_per_expert) if counts is None else counts.rows
-            payload = dispatch.launch_recv(self._launcher, call.stream, draft, options, hidden, overflows, *rows)
-            handle = draft if counts is None else _cut(draft, counts)
+            receive = dispatch.Receive(self._launcher, draft, options, hidden, overflows)
+            if options.static:
+                handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
+            else:
+                handle, payload = self._receive_counted(call.stream, receive, draft, topk_idx)
             result = received(payload, handle, options)
             call.keep(result, handle)
         return result, handle, call.event
@@ -136,16 +139,8 @@ class NvlinkTransport:
             launch_barrier(self._launcher, call.stream, overflows)
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, handle.send_slot, options.wire, options.seed, False)
-            payload = dispatch.launch_recv(
-                self._launcher,
-                call.stream,
-                handle,
-                options,
-                self._config.hidden,
-                overflows,
-                handle.num_rows,
-                handle.rows_per_expert,
-            )
+            receive = dispatch.Receive(self._launcher, handle, options, self._config.hidden, overflows)
+            payload = receive.launch(call.stream, handle.num_rows, handle.rows_per_expert)
             result = received(payload, handle, options)
             call.keep(result)
         return result, call.event
@@ -295,6 +290,28 @@ class NvlinkTransport:
             int(options.static),
         )
         route.launch_place(self._launcher, stream, self._config.num_topk, params)
+
+    def _receive_counted(
+        self, stream: int, receive: dispatch.Receive, draft: DispatchHandle, topk_idx: torch.Tensor
+    ) -> tuple[DispatchHandle, Payload]:
+        """Receive as many rows as come, which only the counts tell.
+
+        A receive of about the last call's length is launched before they are there, so that the GPU need not wait for
+        the host; only if it turns out too short is it launched again, with the right length.
+        """
+        guess, payload = self._guess.get(draft.recv_layout, 0), None
+        if guess and receive.can_guess:
+            payload = receive.launch(stream, guess, 0)
+        counts = self._wait_for_counts(topk_idx)
+        num_rows, rows_per_expert = counts.rows
+        self._guess[draft.recv_layout] = align(num_rows + num_rows // _GUESS_MARGIN, FP8_GROUP_SIZE)
+        if payload is None:
+            payload = receive.launch(stream, num_rows, rows_per_expert)
+        elif num_rows > guess:
+            payload = receive.launch_again(stream, num_rows)
+        else:
+            payload = dispatch.cut(payload, num_rows)
+        return _cut(draft, counts), payload
 
     def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
         """Wait for what comes, which `place` tells the host; raise if a rank cannot take part."""

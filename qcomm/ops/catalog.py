@@ -1,0 +1,47 @@
+"""Every kernel that can be launched, as the launchers specialise it.
+
+For whoever needs all of them at once: the tests, which compile each on machines without a GPU and look at the
+registers and shared memory it takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from qcomm.formats import RECV_DTYPES, WIRE_KINDS, Rounding, WireFormat
+from qcomm.jit import KernelSpec
+from qcomm.ops.combine import combine_spec
+from qcomm.ops.comm import barrier_spec
+from qcomm.ops.dispatch import decoding, encoding, recv_spec, send_spec
+from qcomm.ops.peer_store import peer_store_spec
+from qcomm.ops.route import route_spec
+
+
+def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
+    """Return every specialisation for tokens of `hidden` elements and `num_topk` experts, each once."""
+    specs = [
+        barrier_spec(),
+        peer_store_spec(),
+        *(route_spec("route", num_topk, index_bytes) for index_bytes in (4, 8)),
+        route_spec("place", num_topk, 8),
+    ]
+    for wire in _wires():
+        specs += (send_spec(kind, encoding(wire, kind), hidden) for kind in _inputs(wire))
+        specs += (recv_spec(dtype, False, decoding(wire), hidden) for dtype in RECV_DTYPES)
+        specs.append(recv_spec("fp8", True, decoding(wire), hidden))
+        specs += (combine_spec(name, wire, hidden) for name in ("combine_send", "combine_recv"))
+    return list(dict.fromkeys(specs))
+
+
+def _wires() -> Iterator[WireFormat]:
+    """Yield every wire format but for the scale rule, which is a parameter of the kernels."""
+    for kind in WIRE_KINDS:
+        for rounding, hadamard in itertools.product(Rounding, (False, True)):
+            if kind == "mxfp4" or (rounding is Rounding.NEAREST and not hadamard):
+                yield WireFormat(kind, rounding=rounding, hadamard=hadamard)
+
+
+def _inputs(wire: WireFormat) -> tuple[str, ...]:
+    """Return the kinds of token that a wire carries: those at least as wide as it."""
+    return WIRE_KINDS[: 1 + WIRE_KINDS.index(wire.kind)]

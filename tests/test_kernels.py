@@ -1,0 +1,489 @@
+"""The kernels without a GPU: they compile, fit beside each other on an SM, and take what their launchers give them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, validate
+from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.formats import RECV_DTYPES, WIRE_KINDS, ScaleLayout, ScaleRule
+from qcomm.handle import DispatchHandle, Owner
+from qcomm.jit import KernelSpec, ResourceUsage
+from qcomm.ops import combine, comm, dispatch, peer_store, route
+from qcomm.ops.catalog import all_specs
+from qcomm.records import RecordLayout
+from qcomm.table import format_table
+
+ARCH = "sm_90"
+SHAPES = ((7168, 8), (128, comm.MAX_TOPK))
+WIRES = [
+    WireFormat("bf16"),
+    WireFormat("fp8"),
+    *(WireFormat("mxfp4", ScaleRule.RCEIL, r, hadamard=h) for r in Rounding for h in (False, True)),
+]
+
+SM_REGISTERS = 65536
+SM_SHARED_BYTES = 227 * 1024
+SM_THREADS = 2048
+RESERVED_SHARED_BYTES = 1024
+
+SPILLS = {
+    "dispatch_recv_columnwise bf16->fp8": (128, "four rows of 16 floats; spilling costs less than a second pass"),
+    "dispatch_recv_columnwise rotated mxfp4->fp8": (128, "as on bf16, and the rotation's partners"),
+    f"route 64-bit top-{comm.MAX_TOPK}": (64, "1024 threads have 64 registers each, 32 experts do not fit"),
+}
+"""Bytes a kernel may spill, and why; every other kernel may spill none."""
+
+
+def label(spec: KernelSpec) -> str:
+    """Name a specialisation, without the size of its tokens."""
+    c = dict(spec.constants)
+    words = [spec.name]
+    if "WIRE" in c:
+        wire = "rotated " * c["HADAMARD"] + "stochastic " * c["STOCHASTIC"] + WIRE_KINDS[c["WIRE"]]
+        source = f"{WIRE_KINDS[c['INPUT']]}->" if "INPUT" in c else ""
+        words.append(source + wire + (f"->{WIRE_KINDS[c['RECV']]}" if "RECV" in c else ""))
+    elif "NUM_TOPK" in c:
+        words.append(f"{8 * c['INDEX_BYTES']}-bit top-{c['NUM_TOPK']}")
+    return " ".join(words)
+
+
+@pytest.fixture(scope="module")
+def usage() -> dict[KernelSpec, ResourceUsage]:
+    """What every kernel takes; NVRTC works without the interpreter's lock."""
+    pytest.importorskip("cuda.core")
+    specs = list(dict.fromkeys(spec for shape in SHAPES for spec in all_specs(*shape)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(specs, pool.map(lambda spec: jit.resource_usage(spec, ARCH), specs), strict=True))
+
+
+def test_every_kernel_is_listed_once() -> None:
+    specs = all_specs(7168, 8)
+    labels = [label(spec) for spec in specs]
+    assert len(set(labels)) == len(labels) == len(set(specs))
+    count = {name: sum(spec.name == name for spec in specs) for name in dict.fromkeys(spec.name for spec in specs)}
+    assert count == {
+        "barrier": 1,
+        "peer_store": 1,
+        "route": 2,
+        "place": 1,
+        "dispatch_send": 3 + 2 + 1 + 3 * 2,  # three more variants of mxfp4, from bf16 and from fp8
+        "dispatch_recv": 3 * 3 + 3,
+        "dispatch_recv_columnwise": 3 + 1,
+        "combine_send": 3 + 3,
+        "combine_recv": 3 + 1,
+    }
+
+
+def test_no_kernel_spills(usage: dict[KernelSpec, ResourceUsage]) -> None:
+    rows, bad = [], []
+    for spec, taken in usage.items():
+        assert 16 <= taken.registers <= 255, f"{label(spec)}: {taken}"
+        limit, reason = SPILLS.get(label(spec), (0, ""))
+        if taken.spill_bytes > limit:
+            bad.append(f"{label(spec)} spills {taken.spill_bytes} bytes, may spill {limit}")
+        if taken.spill_bytes:
+            hidden = str(dict(spec.constants).get("HIDDEN", ""))
+            rows.append([label(spec), hidden, str(taken.spill_bytes), str(limit), reason])
+    print(format_table(["kernel", "hidden", "spills", "may", "because"], rows))
+    assert not bad, "\n".join(bad)
+
+
+class Launch(NamedTuple):
+    """What a launcher asked for."""
+
+    spec: KernelSpec
+    grid: int
+    threads: int
+    shared_bytes: int
+
+
+class Recorder:
+    """Stands for a KernelLoader; notes launches instead."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
+        def launch(grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
+            assert isinstance(params, ctypes.Structure)
+            self.launches.append(Launch(make_spec(*args), grid, threads, shared_bytes))
+
+        return SimpleNamespace(launch=launch)
+
+
+def tokens(kind: str, wire: WireFormat, hidden: int) -> WireInput:
+    if kind == "bf16":
+        return torch.zeros(1, hidden, dtype=torch.bfloat16)
+    if kind == "fp8":
+        return FP8Tensor(torch.zeros(1, hidden, dtype=torch.float8_e4m3fn), torch.ones(1, hidden // 128))
+    codes, scales = (torch.zeros(1, hidden // n, dtype=torch.uint8) for n in (2, 32))
+    return MXFP4Tensor(codes, scales, wire.hadamard)
+
+
+def one_record(num_topk: int) -> DispatchHandle:
+    words = torch.zeros(8, dtype=torch.int32)
+    by_topk = torch.zeros(1, num_topk, dtype=torch.int32)
+    return DispatchHandle(
+        owner=Owner(0, 0),
+        num_tokens=1,
+        recv_layout="expert_major",
+        alignment=128,
+        static=False,
+        num_rows=128,
+        rows_per_expert=0,
+        has_weights=True,
+        send_slot=words[:1, None],
+        recv_offsets=words[:2],
+        record_src_token=words[:1],
+        record_topk_idx=by_topk,
+        record_topk_weights=by_topk.float(),
+        record_rows=by_topk,
+        row_record=words,
+        row_src=words[:2, None],
+        row_weights=None,
+        num_tokens_per_expert=words[:1],
+        num_tokens_per_expert_list=(1,),
+        group_offsets=words[:2],
+        send_counts=None,
+        recv_counts=None,
+    )
+
+
+def carries(wire: WireFormat, x: WireInput, hidden: int) -> bool:
+    with contextlib.suppress(ValueError):
+        validate.tokens(x, num_tokens=1, hidden=hidden, wire=wire, device=torch.device("cpu"))
+        return True
+    return False
+
+
+def launches(hidden: int, num_topk: int) -> list[Launch]:
+    """Drive every launcher with everything that a Buffer may pass it."""
+    recorder = Recorder()
+    kernels: Any = recorder
+    launcher = comm.Launcher(kernels, comm.Comm(num_ranks=2, num_experts=256, num_local_experts=128), 132)
+    handle = one_record(num_topk)
+    y = torch.zeros(128, hidden, dtype=torch.bfloat16)
+    overflows = torch.zeros(2, dtype=torch.int64)
+    comm.launch_barrier(launcher, 0, overflows)
+    for dtype in (torch.int32, torch.int64):
+        idx = torch.zeros(4096, num_topk, dtype=dtype)
+        route.launch_route(launcher, 0, idx, idx.float(), torch.zeros(4096, 2, dtype=torch.int32))
+    route.launch_place(launcher, 0, num_topk, route.PlaceParams())
+    for wire in WIRES:
+        for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
+            if carries(wire, x, hidden):
+                dispatch.launch_send(launcher, 0, x, handle.send_slot, wire, 0, True)
+        for dtype_name in RECV_DTYPES:
+            for columnwise in (False, True) if dtype_name == "fp8" else (False,):
+                options = DispatchOptions(
+                    recv_layout="expert_major",
+                    recv_dtype=dtype_name,
+                    alignment=128,
+                    columnwise=columnwise,
+                    static=False,
+                    capacity=None,
+                    sf_layout=ScaleLayout.ROW_MAJOR,
+                    wire=wire,
+                    seed=0,
+                    async_op=False,
+                )
+                dispatch.Receive(launcher, handle, options, hidden, overflows).launch(0, 128, 0)
+        combine.launch_send(launcher, 0, y, handle, wire, True, 0)
+        combine.launch_recv(launcher, 0, handle, wire, hidden)
+    return recorder.launches
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kernel_that_is_launched_is_listed(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    recorder: Any = Recorder()
+    peer_store.launch_peer_store(recorder, 0, torch.zeros(16, dtype=torch.uint8), [16])
+    launched = {launch.spec for launch in launches(*shape) + recorder.launches}
+    listed = set(all_specs(*shape))
+    assert {label(spec) for spec in launched ^ listed} == set()
+
+
+def pairs(found: list[Launch]) -> Iterator[tuple[Launch, Launch]]:
+    """Yield the sends and receives that run together: all of one operation on one kind of wire."""
+    found = list(dict.fromkeys(launch for launch in found if "WIRE" in dict(launch.spec.constants)))
+    for send in found:
+        operation, kind = send.spec.name.removesuffix("_send"), dict(send.spec.constants)["WIRE"]
+        if operation != send.spec.name:
+            for recv in found:
+                receives = recv.spec.name.startswith(f"{operation}_recv")
+                if receives and dict(recv.spec.constants)["WIRE"] == kind:
+                    yield send, recv
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_waiting_receiver_leaves_room_for_the_sender(
+    shape: tuple[int, int], usage: dict[KernelSpec, ResourceUsage]
+) -> None:
+    together = list(pairs(launches(*shape)))
+    assert len({recv.spec for _, recv in together}) == 12 + 4 + 4
+    for pair in together:
+        names = " and ".join(label(launch.spec) for launch in pair)
+        registers = sum(-(-usage[launch.spec].registers // 8) * 8 * launch.threads for launch in pair)
+        static = sum(usage[launch.spec].static_shared_bytes for launch in pair)
+        shared = sum(launch.shared_bytes + RESERVED_SHARED_BYTES for launch in pair) + static
+        threads = sum(launch.threads for launch in pair)
+        assert registers <= SM_REGISTERS, f"{names} take {registers} registers of an SM"
+        assert shared <= SM_SHARED_BYTES, f"{names} take {shared} bytes of an SM"
+        assert threads <= SM_THREADS, f"{names} take {threads} threads of an SM"
+
+
+@pytest.mark.parametrize("hidden", [128, 384, 2048, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 24576])
+def test_the_budgets_hold_for_any_hidden(hidden: int) -> None:
+    for pair in pairs(launches(hidden, 8)):
+        shared = sum(launch.shared_bytes + RESERVED_SHARED_BYTES for launch in pair)
+        assert shared <= SM_SHARED_BYTES, f"{[label(launch.spec) for launch in pair]} take {shared} bytes of an SM"
+
+
+STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
+    "layout.cuh": (comm.Report, comm.HostReports, comm.State, comm.Comm),
+    "mxfp4.cuh": (comm.Quantizer,),
+    "barrier.cu": (comm.BarrierParams,),
+    "route.cu": (route.RouteParams, route.PlaceParams),
+    "dispatch_send.cu": (dispatch.DispatchSendParams,),
+    "dispatch_recv.cuh": (dispatch.DispatchRecvParams,),
+    "combine.cu": (combine.CombineSendParams, combine.CombineRecvParams),
+    "peer_store.cu": (peer_store.PeerStoreParams,),
+}
+
+
+@pytest.mark.parametrize(("file", "structure"), [(f, s) for f, group in STRUCTURES.items() for s in group])
+def test_structures_have_the_same_fields(file: str, structure: type[ctypes.Structure]) -> None:
+    """Sizes are compared by the compiler; the order of fields of one size is not."""
+    sizes = {"uint32_t": 4, "int32_t": 4, "uint64_t": 8, "int64_t": 8}
+    sizes |= {s.__name__: ctypes.sizeof(s) for group in STRUCTURES.values() for s in group}
+    text = re.sub(r"//[^\n]*", "", (jit.kernels_dir() / file).read_text())
+    body = re.search(rf"struct {structure.__name__} {{(.*?)\n}};", text, re.DOTALL)
+    assert body is not None
+    fields = re.findall(r"(?:const )?(\w+)(\*?)\s+(\w+)(\[kMaxRanks\])?;", body[1])
+    want = [
+        (name, (8 if star else sizes[kind]) * (comm.MAX_RANKS if array else 1)) for kind, star, name, array in fields
+    ]
+    assert len(want) == body[1].count(";")
+    assert [(name, getattr(structure, name).size) for name, *_ in structure._fields_] == want
+
+
+def test_a_structure_of_another_size_does_not_compile() -> None:
+    pytest.importorskip("cuda.core")
+    spec = comm.barrier_spec()
+    constants = {**dict(spec.constants), "SIZEOF_COMM": ctypes.sizeof(comm.Comm) - 8}
+    with pytest.raises(QcommUnsupportedError, match=r"holds the same structure"):
+        jit.compile_cubin(dataclasses.replace(spec, constants=tuple(constants.items())), ARCH)
+
+
+def test_staging_warps() -> None:
+    assert comm.staging_warps(1024, 92 * 1024, 12) == 12
+    assert comm.staging_warps(1 << 20, 92 * 1024, 12) == 1
+    few = comm.staging_warps(14336, 92 * 1024, 12)
+    assert 1 < few < 12
+    for stage_bytes in range(1024, 65536, 1008):
+        warps = comm.staging_warps(stage_bytes, 92 * 1024, 12)
+        assert comm.staging_warps(stage_bytes + 16, 92 * 1024, 12) <= warps
+        assert warps == 1 or warps * stage_bytes <= 92 * 1024
+
+
+def test_recv_stage_bytes() -> None:
+    assert [dispatch.recv_stage_bytes(dtype, 7168) for dtype in ("bf16", "fp8", "mxfp4")] == [14336, 7392, 3808]
+    assert [dispatch.recv_stage_bytes(dtype, 128) for dtype in ("bf16", "fp8", "mxfp4")] == [256, 144, 80]
+    for kind in WIRE_KINDS:
+        for hidden in range(128, 8192, 128):
+            # What a rank stages of a row is what a record of that kind holds.
+            assert dispatch.recv_stage_bytes(kind, hidden) == RecordLayout(kind, hidden).num_bytes
+
+
+def test_route_chunk() -> None:
+    assert [route.route_chunk(n) for n in (0, 1, 32, 33, 4096, 4097, 8192)] == [32, 32, 32, 32, 32, 64, 64]
+    for num_tokens in range(0, 100_000, 97):
+        chunk = route.route_chunk(num_tokens)
+        assert chunk % 32 == 0
+        assert -(-num_tokens // chunk) <= route.MAX_CHUNKS
+
+
+@pytest.mark.parametrize(
+    ("layout", "static", "want"),
+    [
+        ("expert_major", False, -1),
+        ("expert_major", True, -1),
+        ("token_major", False, 0),
+        ("token_major", True, 0),
+        ("batched", False, 96),
+        ("batched", True, 0),
+    ],
+)
+def test_padded_rows(layout: Any, static: bool, want: int) -> None:
+    handle = dataclasses.replace(one_record(1), recv_layout=layout, static=static)
+    assert dispatch.padded_rows(handle, 96) == want
+
+
+def test_options_that_do_not_change_a_kernel_make_no_new_one() -> None:
+    rotated = WireFormat("mxfp4", ScaleRule.CEIL, Rounding.STOCHASTIC, hadamard=True)
+    assert dispatch.encoding(rotated, "mxfp4") == WireFormat("mxfp4")
+    assert dispatch.encoding(rotated, "bf16") == WireFormat("mxfp4", rounding=Rounding.STOCHASTIC, hadamard=True)
+    assert dispatch.decoding(rotated) == WireFormat("mxfp4", hadamard=True)
+    for name in ("combine_send", "combine_recv"):
+        specs = {combine.combine_spec(name, WireFormat("mxfp4", rule), 128) for rule in ScaleRule}
+        assert len(specs) == 1
+    assert dict(combine.combine_spec("combine_recv", rotated, 128).constants)["STOCHASTIC"] == 0
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "peers", "text"),
+    [
+        (16, [], "peers must be 1 to 16 addresses, got 0"),
+        (16, [16] * 17, "peers must be 1 to 16 addresses, got 17"),
+        (24, [16], "source must be a multiple of 16 bytes, got 24"),
+    ],
+)
+def test_peer_store_refuses(num_bytes: int, peers: list[int], text: str) -> None:
+    recorder: Any = Recorder()
+    with pytest.raises(ValueError, match=text):
+        peer_store.launch_peer_store(recorder, 0, torch.zeros(num_bytes, dtype=torch.uint8), peers)
+    assert not recorder.launches
+
+
+class Cache:
+    """A cache folder, sources that may be changed, and a compiler that only counts."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = root / "cache"
+        self.sources = root / "kernels"
+        self.compiled: list[KernelSpec] = []
+        shutil.copytree(jit.kernels_dir(), self.sources)
+        monkeypatch.setenv(jit.CACHE_VARIABLE, str(self.folder))
+        monkeypatch.setattr(jit, "kernels_dir", lambda: self.sources)
+        monkeypatch.setattr(jit, "compile_cubin", self.compile)
+
+    def compile(self, spec: KernelSpec, arch: str) -> bytes:
+        self.compiled.append(spec)
+        return f"{spec} {arch}".encode()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    return Cache(tmp_path, monkeypatch)
+
+
+def test_a_second_process_compiles_nothing(cache: Cache) -> None:
+    spec = comm.barrier_spec()
+    path = jit.cubin_path(spec, ARCH)
+    assert path.parent == cache.folder
+    assert path.read_bytes() == f"{spec} {ARCH}".encode()
+    assert jit.cubin_path(spec, ARCH) == path
+    assert cache.compiled == [spec]
+    assert list(cache.folder.iterdir()) == [path]
+
+
+def test_what_a_kernel_depends_on_is_in_its_name(cache: Cache) -> None:
+    spec = KernelSpec.of("barrier", "barrier", max_ranks=16)
+    paths = [jit.cubin_path(spec, ARCH), jit.cubin_path(spec, "sm_100")]
+    paths += [
+        jit.cubin_path(other, ARCH)
+        for other in (
+            KernelSpec.of("barrier", "barrier", max_ranks=8),
+            KernelSpec.of("barrier", "barrier", max_ranks=16, hidden=128),
+            KernelSpec.of("route", "barrier", max_ranks=16),
+            KernelSpec.of("barrier", "other", max_ranks=16),
+        )
+    ]
+    for file in ("barrier.cu", "wait.cuh"):
+        with (cache.sources / file).open("a") as source:
+            source.write("// changed\n")
+        paths.append(jit.cubin_path(spec, ARCH))
+    (cache.sources / "new.cuh").touch()
+    paths.append(jit.cubin_path(spec, ARCH))
+    assert len(set(paths)) == len(paths) == len(cache.compiled)
+
+
+def test_the_order_of_constants_does_not_matter() -> None:
+    assert KernelSpec.of("f", "k", a=1, b=2) == KernelSpec.of("f", "k", b=2, a=1)
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(jit.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert jit.cache_dir() == tmp_path / ".cache" / "qcomm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert jit.cache_dir() == tmp_path / "xdg" / "qcomm"
+    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "own"))
+    assert jit.cache_dir() == tmp_path / "own"
+
+
+def test_writers_at_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_writers, size = 8, 1 << 20
+    together = threading.Barrier(num_writers)
+    seen: list[int] = []
+    done = threading.Event()
+
+    def compile_slowly(spec: KernelSpec, arch: str) -> bytes:
+        together.wait(10)
+        return bytes(size)
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.extend(path.stat().st_size for path in cache.folder.glob("*.cubin"))
+            time.sleep(0.0005)
+
+    monkeypatch.setattr(jit, "compile_cubin", compile_slowly)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with concurrent.futures.ThreadPoolExecutor(num_writers) as pool:
+        paths = list(pool.map(lambda _: jit.cubin_path(comm.barrier_spec(), ARCH), range(num_writers)))
+    done.set()
+    watcher.join()
+    assert len(set(paths)) == 1
+    assert set(seen) <= {size}, "a cubin was there before it was whole"
+    assert list(cache.folder.iterdir()) == [paths[0]]
+
+
+def test_a_source_that_does_not_compile_leaves_nothing(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.undo()
+    monkeypatch.setenv(jit.CACHE_VARIABLE, str(cache.folder))
+    monkeypatch.setattr(jit, "kernels_dir", lambda: cache.sources)
+    (cache.sources / "broken.cu").write_text('extern "C" __global__ void broken() { nonsense(QCOMM_A); }\n')
+    spec = KernelSpec.of("broken", "broken", a=1)
+    for compile_it in (jit.compile_cubin, jit.resource_usage, jit.cubin_path):
+        with pytest.raises(QcommUnsupportedError) as caught:
+            compile_it(spec, ARCH)
+        for words in ("broken", 'identifier "nonsense" is undefined', "broken.cu(1)"):
+            assert words in str(caught.value)
+        assert caught.value.phase == "jit"
+    assert not list(cache.folder.iterdir())
+
+
+def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(QcommUnsupportedError, match="cuda-core"):
+        jit.compile_cubin(comm.barrier_spec(), ARCH)
+
+
+def test_a_real_cubin_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path))
+    path = jit.cubin_path(comm.barrier_spec(), ARCH)
+    assert path.read_bytes().startswith(b"\x7fELF")
+    assert re.fullmatch(r"barrier-sm_90-[0-9a-f]{24}\.cubin", path.name)
