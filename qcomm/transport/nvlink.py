@@ -46,6 +46,7 @@ from qcomm.ops.comm import (
     launch_barrier,
     pointer,
 )
+from qcomm.ops.dispatch import Receive
 from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import overflow_error, received
@@ -123,7 +124,7 @@ class NvlinkTransport:
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed, True)
             self._launch_place(call.stream, draft, options, overflows)
-            receive = dispatch.Receive(self._launcher, draft, options, hidden, overflows)
+            receive = Receive(self._launcher, draft, options, hidden, overflows)
             if options.static:
                 handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
             else:
@@ -139,7 +140,7 @@ class NvlinkTransport:
             launch_barrier(self._launcher, call.stream, overflows)
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, handle.send_slot, options.wire, options.seed, False)
-            receive = dispatch.Receive(self._launcher, handle, options, self._config.hidden, overflows)
+            receive = Receive(self._launcher, handle, options, self._config.hidden, overflows)
             payload = receive.launch(call.stream, handle.num_rows, handle.rows_per_expert)
             result = received(payload, handle, options)
             call.keep(result)
@@ -292,7 +293,7 @@ class NvlinkTransport:
         route.launch_place(self._launcher, stream, self._config.num_topk, params)
 
     def _receive_counted(
-        self, stream: int, receive: dispatch.Receive, draft: DispatchHandle, topk_idx: torch.Tensor
+        self, stream: int, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
     ) -> tuple[DispatchHandle, Payload]:
         """Receive as many rows as come, which only the counts tell.
 
