@@ -1,7 +1,7 @@
 """What the benchmarks share: start-up, timing, the ceiling and the report.
 
 METHOD. An iteration on CUDA: a 256 MiB buffer is written, which flushes L2; `torch.cuda._sleep` holds the device for
-about 300 us, so that the host has launched everything below before the device comes to it; a NCCL all_reduce of one
+about 1 ms, so that the host has launched everything below before the device comes to it; a NCCL all_reduce of one
 element on the current stream lets all ranks go on together; an event is recorded, the call made, and an event recorded.
 The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a pass of its
 own, because a call that synchronises with the host would wait for the sleep too, the host time is taken with
@@ -49,7 +49,7 @@ from qcomm.transport.symmetric import allocate
 T = TypeVar("T")
 
 _FLUSH_BYTES = 256 * 2**20
-_SLEEP_CYCLES = 600_000  # 300 us at 2 GHz
+_SLEEP_CYCLES = 2_000_000  # 1 ms at 2 GHz
 _WARM_UP = {"cuda": 10, "cpu": 2}
 _PEER_BYTES = 64 * 2**20
 _DEADLINE_S = 30.0
@@ -130,14 +130,11 @@ class Run:
 def session() -> Iterator[Session]:
     """Start the process group, on GPUs where there are any. Collective."""
     with process_group() as launch, torch.no_grad():
-        if torch.cuda.device_count() > launch.local_rank:
-            device = torch.device("cuda", launch.local_rank)
-        else:
-            device = torch.device("cpu")
+        if launch.device.type == "cpu":
             torch.set_num_threads(1)
         group = dist.group.WORLD
         assert group is not None
-        yield Session(launch, Member(group, launch.rank, launch.num_ranks, device, _DEADLINE_S))
+        yield Session(launch, Member(group, launch.rank, launch.num_ranks, launch.device, _DEADLINE_S))
 
 
 def gather(member: Member, value: T) -> list[T]:

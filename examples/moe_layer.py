@@ -1,5 +1,7 @@
 """An MoE layer over qcomm, once per wire: the error against the bf16 wire, and the bytes that travelled.
 
+Run it by itself or under a launcher:
+
     mpirun -n 4 python examples/moe_layer.py
     torchrun --nproc-per-node 4 examples/moe_layer.py
     python examples/moe_layer.py

@@ -220,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(1024) route(const __grid_constant__
 }
 
 // Waits for every rank's counts and metadata, then gives each record its rows: by expert, then source rank,
-// then source token. Counts the call in state->epoch.
+// then source token. Zeroes the overflow counters of the receive that follows.
 //
 // Any grid, 256 threads. Dynamic shared memory: (num_ranks + 2) * num_local_experts + num_ranks + 2 words.
 // Rows that hold no record get row_record and row_src -1 and weight 0. A static receive short of rows drops
@@ -315,20 +315,23 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
             }
         }
 
-        const auto clear = [&](int begin, int end) {
-            for (int row = begin + threadIdx.x; row < min(end, p.capacity); row += blockDim.x) {
-                p.row_record[row] = -1;
-                reinterpret_cast<int2*>(p.row_src)[row] = make_int2(-1, -1);
-                if (p.row_weights != nullptr) p.row_weights[row] = 0.0f;
-            }
+        const auto clear = [&](int row) {
+            p.row_record[row] = -1;
+            reinterpret_cast<int2*>(p.row_src)[row] = make_int2(-1, -1);
+            if (p.row_weights != nullptr) p.row_weights[row] = 0.0f;
         };
         if (p.layout != kTokenMajor) {
             for (int expert = blockIdx.x; expert < num_local; expert += gridDim.x) {
-                clear(start[expert] + total[expert], start[expert + 1]);
+                const int end = min(start[expert + 1], p.capacity);
+                for (int row = start[expert] + total[expert] + threadIdx.x; row < end; row += blockDim.x) {
+                    clear(row);
+                }
             }
         }
-        if (p.is_static && blockIdx.x == 0) {
-            clear(p.layout == kTokenMajor ? num_records : start[num_local], p.capacity);
+        if (p.is_static) {
+            const int end = p.layout == kTokenMajor ? num_records : start[num_local];
+            for (int row = end + thread; row < p.capacity; row += num_threads)
+                clear(row);
         }
 
         if (blockIdx.x == 0) {

@@ -46,7 +46,7 @@ class Buffer:
         backend: "auto", "collective" or "nvlink"; `backend` and `backend_reason` say what auto took and why.
         provider: symmetric memory of the nvlink backend: "auto", "nvshmem" or "torch".
         device: where tensors live; None is the current CUDA device, or the CPU where there is none.
-        deadline_s: seconds any wait for a peer may take.
+        deadline_s: seconds any wait for a peer may take, but for those inside NCCL.
         num_sms: SMs each communication kernel may occupy; None lets qcomm choose.
         comm_stream: stream of `async_op=True` calls; None makes one.
 
@@ -200,7 +200,7 @@ class Buffer:
     ) -> tuple[Received, DispatchHandle] | tuple[Received, DispatchHandle, Event]:
         """Send every token to the ranks of its experts, at most one copy per rank. Collective.
 
-        Synchronises with the host once, to size the result, unless `static` or a handle is given.
+        Waits on the host for the counts, to size the result, unless `static` or a handle is given.
 
         Args:
             x: `[num_tokens, hidden]` bfloat16, FP8Tensor (wire fp8, bit-unchanged, or mxfp4) or MXFP4Tensor
@@ -228,8 +228,9 @@ class Buffer:
         Raises:
             ValueError, TypeError: wrong arguments, before anything is launched.
             QcommRoutingError: topk_idx holds an expert out of range or twice; no rank keeps a result of the call.
-            QcommPeerError: a peer's topk_idx does.
-            QcommTimeoutError: a peer did not come before the deadline; `reset` makes the buffer usable again.
+            QcommPeerError: a peer's topk_idx does (static calls on a GPU tell only the rank itself).
+            QcommTimeoutError: a peer did not come before the deadline. A timeout after routing is raised by `check`
+                or by a later call. On the nvlink backend `reset` makes the buffer usable again.
             QcommOverflowError: an earlier static receive ran out of rows.
         """
         transport = self._live()
@@ -358,24 +359,38 @@ class Buffer:
     def check(self) -> None:
         """Raise what the device reported since the last check: an overflow, a bad route or a timeout.
 
-        Every dispatch and combine checks first, without waiting for the device; synchronise before calling this to
-        hear of everything launched so far.
+        Every dispatch and combine checks first. On the nvlink backend this does not wait for the device; synchronise
+        before calling it to hear of everything launched so far. On the collective backend it waits for earlier static
+        calls.
         """
         failure = self._live().check()
         if failure is not None:
             raise failure
 
     def reset(self) -> None:
-        """Make the buffer usable after a timeout: forget calls in flight, and every handle. Collective."""
+        """Make the buffer usable after a timeout: forget calls in flight, and every handle. Collective.
+
+        The collective backend cannot mend its process group: a gloo group does not survive a timeout.
+        """
         transport = self._live()
         self._owner = Owner(self._owner.buffer, self._owner.generation + 1)
         transport.reset(self._owner.generation)
 
     def destroy(self) -> None:
-        """Free what the buffer holds. Collective; a second call does nothing."""
+        """Free what the buffer holds. Collective; a second call does nothing. See `abandon` for dead peers."""
         if self._transport is not None:
             transport, self._transport = self._transport, None
             transport.destroy()
+
+    def abandon(self) -> None:
+        """Stop using the buffer without waiting for the peers, as after a peer died. Not collective.
+
+        Memory that peers may still write to stays allocated until the process ends. Leaving a `with` block by an
+        exception does this, since the peers may not be leaving theirs.
+        """
+        if self._transport is not None:
+            transport, self._transport = self._transport, None
+            transport.abandon()
 
     def __enter__(self) -> Buffer:
         return self
@@ -383,7 +398,10 @@ class Buffer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.destroy()
+        if error is None:
+            self.destroy()
+        else:
+            self.abandon()
 
     def __del__(self) -> None:
         if getattr(self, "_transport", None) is not None:

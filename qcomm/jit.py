@@ -1,7 +1,8 @@
 """Compile, cache and load the CUDA kernels.
 
 NVRTC compiles a file of the kernels folder for one set of constants, which the file sees as `QCOMM_*` macros; the
-cubin is kept on disk under a name that covers everything it depends on, so that a second process compiles nothing.
+cubin is kept on disk under a name that covers the sources, the constants and the architecture, so that a second
+process compiles nothing.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ FILE it is the file that the table links to, or else the only one in benchmarks/
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,13 @@ def render(path: Path, repo: Path) -> str:
     software = [f"torch {machine['torch']}"]
     software += [f"NCCL {machine['nccl']}"] if machine["nccl"] else []
     ceiling = first["ceiling_gbs"]
-    about = [
+    setting = (
         f"{machine['devices']}, {', '.join(software)}, backend {first['backend']}; {first['num_ranks']} ranks, "
         f"{sizes['tokens']} tokens a rank of {sizes['hidden']}, top-{sizes['topk']} of {sizes['experts']} experts, "
-        f"{first['routing']} routing.",
+        f"{first['routing']} routing."
+    )
+    about = [
+        *textwrap.wrap(setting, 100),
         "p50: device time of the slowest rank." if machine["nccl"] else "p50: host time of the slowest rank.",
         "Physical: bytes of records sent to other ranks over p50"
         + (f" (peer stores alone: {ceiling:.0f} GB/s)." if ceiling else "."),

@@ -13,7 +13,10 @@ from qcomm.handle import DispatchHandle, Event, Received
 
 
 class Transport(Protocol):
-    """One backend of one Buffer. Arguments were checked by the Buffer; every method but `check` is collective."""
+    """One backend of one Buffer.
+
+    Arguments were checked by the Buffer; every method but `check` and `abandon` is collective.
+    """
 
     def dispatch(
         self,
@@ -41,13 +44,16 @@ class Transport(Protocol):
     symmetric_bytes: int
 
     def check(self) -> QcommError | None:
-        """Take the failure noted since the last check, if any, without waiting for the device."""
+        """Take the failure noted since the last check, if any."""
 
     def reset(self, generation: int) -> None:
         """Make the transport usable again after a failure."""
 
     def destroy(self) -> None:
         """Free everything it holds."""
+
+    def abandon(self) -> None:
+        """Let go without the peers, which may be dead: memory that they can write to stays. Not collective."""
 
 
 def received(payload: Payload, handle: DispatchHandle, options: DispatchOptions) -> Received:

@@ -46,14 +46,14 @@ class CollectiveTransport:
         topk_weights: torch.Tensor | None,
         options: DispatchOptions,
     ) -> tuple[Received, DispatchHandle, Event]:
-        with _Async(self._member.device, self._comm_stream, options.async_op, x) as run:
+        with _Async(self._member.device, self._comm_stream, options.async_op, x, topk_idx, topk_weights) as run:
             handle = self._route(topk_idx, topk_weights, options)
             received = self._send(x, handle, options)
             run.keep(received, handle)
         return received, handle, run.event
 
     def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
-        with _Async(self._member.device, self._comm_stream, options.async_op, x) as run:
+        with _Async(self._member.device, self._comm_stream, options.async_op, x, handle) as run:
             received = self._send(x, handle, options)
             run.keep(received)
         return received, run.event
@@ -67,7 +67,7 @@ class CollectiveTransport:
         seed: int,
         async_op: bool,
     ) -> tuple[torch.Tensor, Event]:
-        with _Async(self._member.device, self._comm_stream, async_op, y) as run:
+        with _Async(self._member.device, self._comm_stream, async_op, y, handle) as run:
             out = self._combine(y, handle, wire, weighted, seed)
             run.keep(out)
         return out, run.event
@@ -85,6 +85,9 @@ class CollectiveTransport:
         self._noted = []
 
     def destroy(self) -> None:
+        self._noted = []
+
+    def abandon(self) -> None:
         self._noted = []
 
     def _route(

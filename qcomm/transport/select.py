@@ -14,6 +14,7 @@ from qcomm import validate
 from qcomm.config import BufferConfig, Member
 from qcomm.errors import QcommUnsupportedError
 from qcomm.handle import Owner
+from qcomm.ops.comm import MAX_HIDDEN, MAX_RANKS, MAX_TOPK
 from qcomm.transport import symmetric
 from qcomm.transport.base import Transport
 from qcomm.transport.collective import CollectiveTransport
@@ -80,7 +81,7 @@ def choose(config: BufferConfig, member: Member) -> Choice:
         return Choice("collective", None, "asked for")
     seats: list[_Seat] = [_seat(member.device)] * member.num_ranks
     dist.all_gather_object(seats, seats[0], group=member.group)
-    obstacle = _obstacle(seats)
+    obstacle = _limit(config, member) or _obstacle(seats)
     if obstacle is None:
         common = [p for p in symmetric.PROVIDERS if all(p in seat.capability.providers for seat in seats)]
         if "nvshmem" in common and not _one_nvshmem([seat.nvshmem for seat in seats]):
@@ -131,6 +132,19 @@ def _seat(device: torch.device) -> _Seat:
     ]
     running = symmetric.running_nvshmem() if "nvshmem" in capability.providers else None
     return _Seat(capability, host, uuids[device.index], tuple(reachable), running, tuple(uuids))
+
+
+def _limit(config: BufferConfig, member: Member) -> str | None:
+    """Say which limit of the nvlink backend the buffer's shape passes, None if it keeps within them."""
+    sizes = {
+        "ranks": (member.num_ranks, MAX_RANKS),
+        "num_topk": (config.num_topk, MAX_TOPK),
+        "hidden": (config.hidden, MAX_HIDDEN),
+    }
+    for name, (size, limit) in sizes.items():
+        if size > limit:
+            return f"the nvlink backend takes {name} of at most {limit}, got {size}"
+    return None
 
 
 def _obstacle(seats: list[_Seat]) -> str | None:

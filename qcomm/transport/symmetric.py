@@ -41,6 +41,14 @@ def available_providers() -> tuple[str, ...]:
     return tuple(found)
 
 
+_abandoned: list[SymmetricMemory] = []
+
+
+def abandon(memory: SymmetricMemory) -> None:
+    """Keep an allocation until the process ends, because peers that cannot be asked may still write to it."""
+    _abandoned.append(memory)
+
+
 def running_nvshmem() -> tuple[int, int] | None:
     """Return this process's NVSHMEM PE and the number of PEs, None while NVSHMEM does not run."""
     if "nvshmem.core" not in sys.modules:

@@ -1,0 +1,176 @@
+"""README and docs: the code runs, links lead somewhere, the tree is there, the table is that of its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+README = REPO / "README.md"
+PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
+MPIRUN = Path(sys.executable).parent / "mpirun"
+READMES = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL).findall(README.read_text())
+TABLE_TOOL = REPO / "tools" / "readme_table.py"
+RESULTS = REPO / "benchmarks" / "results"
+
+
+def run(command: Sequence[str], code: int = 0) -> str:
+    """Run a command on the CPU; returns what it printed."""
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(REPO),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, f"{command} exited {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced and indented blocks and code spans."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]+`|^ {4}.*$", "", text, flags=re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_has_an_example() -> None:
+    assert READMES
+
+
+@pytest.mark.parametrize("block", READMES, ids=[f"block{number}" for number in range(len(READMES))])
+def test_readme_code(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(block)
+    assert float(run([sys.executable, str(script)]).split()[-1]) < 0.2
+
+
+def check_example(lines: list[str], kib_sent: bool) -> None:
+    rows = {line.split()[0]: line.split() for line in lines}
+    assert list(rows) == ["bf16", "fp8", "mxfp4"]
+    errors = [float(row[-1]) for row in rows.values()]
+    assert errors[0] == 0
+    assert 0 < errors[1] < 0.08 < errors[2] < 0.3
+    assert all((float(row[5]) > 0) is kib_sent for row in rows.values())
+
+
+def test_example() -> None:
+    check_example(run([sys.executable, str(REPO / "examples/moe_layer.py")]).splitlines(), kib_sent=False)
+
+
+@pytest.mark.mpi
+def test_example_under_mpirun() -> None:
+    if not MPIRUN.is_file():
+        pytest.skip(f"no mpirun in {MPIRUN.parent}")
+    launcher = [str(MPIRUN), "-n", "2", "--oversubscribe", "--bind-to", "none"]
+    out = run([*launcher, sys.executable, str(REPO / "examples/moe_layer.py")])
+    check_example([line for line in out.splitlines() if " bytes a token" in line], kib_sent=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        assert to.is_relative_to(REPO), f"{target} leads out of the repository"
+        assert to.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(to), f"{target} has no such heading"
+
+
+def test_tree() -> None:
+    (tree,) = re.findall(r"^## Tree\n\n```text\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    names = [line.split()[0] for line in tree.splitlines()]
+    assert len(names) > 10
+    for name in names:
+        assert any(REPO.glob(name.rstrip("/"))), f"{name} is not there"
+
+
+@pytest.mark.parametrize("name", ["qcomm/", "kernels/", "docs/"])
+def test_paths_in_design(name: str) -> None:
+    """Every file the design names is there."""
+    design = (REPO / "docs" / "design.md").read_text()
+    for path in re.findall(rf"`({name}[\w./]*)`", design):
+        assert (REPO / path).exists(), f"{path} is not there"
+
+
+def test_table_is_that_of_its_results() -> None:
+    if not any(RESULTS.glob("*.jsonl")):
+        pytest.skip("no results in benchmarks/results")
+    run([sys.executable, str(TABLE_TOOL), "--check"])
+
+
+def bench_line(call: str, wire: str, layout: str, p50_us: float, **changed: object) -> str:
+    line = {
+        "benchmark": "dispatch",
+        "command": "mpirun -n 2 python -m qcomm bench dispatch",
+        "commit": "0123456789abcdef",
+        "machine": {"devices": "2 x NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "nccl": "2.28.9"},
+        "geometry": {"tokens": 4096, "hidden": 7168, "topk": 8, "experts": 256},
+        "num_ranks": 2,
+        "routing": "uniform",
+        "backend": "nvlink",
+        "backend_reason": "asked for",
+        "ceiling_gbs": 354.4,
+        "call": call,
+        "wire": wire,
+        "layout": layout,
+        "recv_dtype": None,
+        "p50_us": p50_us,
+        "physical_gbs": 1000 / p50_us,
+        "nccl_bf16_ratio": 200 / p50_us,
+    }
+    return json.dumps({**line, **changed}) + "\n"
+
+
+def test_table_tool(tmp_path: Path) -> None:
+    before, after = "# qcomm\n\n<!-- bench:dispatch -->\n", "<!-- /bench:dispatch -->\n\nMore.\n"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{before}placeholder\n{after}")
+    tool = [sys.executable, str(TABLE_TOOL), "--repo", str(tmp_path)]
+    run([*tool, "--check"])
+    assert "FILE must be given" in run(tool, code=1)
+
+    results = tmp_path / "benchmarks" / "results" / "h200.jsonl"
+    results.parent.mkdir(parents=True)
+    rows = [
+        bench_line("dispatch", "mxfp4", "expert_major", 50, commit="older"),
+        bench_line("nccl", "bf16", "-", 200),
+        bench_line("dispatch", "mxfp4", "expert_major", 100),
+        bench_line("dispatch", "mxfp4", "token_major", 90),
+        bench_line("combine", "bf16", "expert_major", 80, benchmark="combine"),
+    ]
+    results.write_text("".join(rows))
+    run([*tool, "--check"], code=1)
+    run(tool)
+    run([*tool, "--check"])
+    text = readme.read_text()
+    assert text.startswith(before)
+    assert text.endswith(after)
+    assert "placeholder" not in text
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table[2:] == [
+        "| nccl | bf16 | - | 200.0 | 5.0 | 1.00x |",
+        "| dispatch | mxfp4 | expert_major | 100.0 | 10.0 | 2.00x |",
+    ]
+    for fact in ("2 x NVIDIA H200", "`mpirun -n 2 python -m qcomm bench dispatch`", "commit 0123456789ab", "354 GB/s"):
+        assert fact in text
+
+    results.write_text("".join(rows).replace("200", "201"))
+    assert "README.md must hold the table" in run([*tool, "--check"], code=1)
