@@ -1,8 +1,8 @@
 """Compile, cache and load the CUDA kernels.
 
 NVRTC compiles a file of the kernels folder for one set of constants, which the file sees as `QCOMM_*` macros; the
-cubin is kept on disk under a name that covers the sources, the constants and the architecture, so that a second
-process compiles nothing.
+cubin is kept on disk under a name that covers the sources, the constants, the architecture and NVRTC's version, so that
+a second process compiles nothing.
 """
 
 from __future__ import annotations
@@ -111,14 +111,16 @@ def cubin_path(spec: KernelSpec, arch: str) -> pathlib.Path:
 
     Safe among processes: a cubin is written whole under another name, then renamed.
     """
-    digest = hashlib.sha256(repr((spec, arch, _sources_digest())).encode()).hexdigest()[:24]
+    key = repr((spec, arch, _sources_digest(), _nvrtc_version()))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = cache_dir() / f"{spec.name}-{arch}-{digest}.cubin"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         cubin = compile_cubin(spec, arch)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            whole = pathlib.Path(scratch) / path.name
+            whole.write_bytes(cubin)
+            os.replace(whole, path)
     return path
 
 
@@ -177,6 +179,15 @@ class KernelLoader:
             module = cupy.RawModule(path=str(cubin_path(spec, self._arch)))
             kernel = self._kernels[key] = Kernel(module.get_function(spec.name))
         return kernel
+
+
+def _nvrtc_version() -> tuple[int, int] | None:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError:
+        return None
+    _, major, minor = nvrtc.nvrtcVersion()
+    return int(major), int(minor)
 
 
 def _sources_digest() -> str:

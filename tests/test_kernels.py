@@ -338,13 +338,11 @@ def test_padded_rows(layout: Any, static: bool, want: int) -> None:
 
 def test_options_that_do_not_change_a_kernel_make_no_new_one() -> None:
     rotated = WireFormat("mxfp4", ScaleRule.CEIL, Rounding.STOCHASTIC, hadamard=True)
-    assert dispatch.encoding(rotated, "mxfp4") == WireFormat("mxfp4")
-    assert dispatch.encoding(rotated, "bf16") == WireFormat("mxfp4", rounding=Rounding.STOCHASTIC, hadamard=True)
-    assert dispatch.decoding(rotated) == WireFormat("mxfp4", hadamard=True)
-    for name in ("combine_send", "combine_recv"):
-        specs = {combine.combine_spec(name, WireFormat("mxfp4", rule), 128) for rule in ScaleRule}
-        assert len(specs) == 1
-    assert dict(combine.combine_spec("combine_recv", rotated, 128).constants)["STOCHASTIC"] == 0
+    assert comm.encoding(rotated, "mxfp4") == WireFormat("mxfp4")
+    assert comm.encoding(rotated, "bf16") == WireFormat("mxfp4", rounding=Rounding.STOCHASTIC, hadamard=True)
+    assert comm.decoding(rotated) == WireFormat("mxfp4", hadamard=True)
+    for simplify in (lambda wire: comm.encoding(wire, "bf16"), comm.decoding):
+        assert len({simplify(WireFormat("mxfp4", rule)) for rule in ScaleRule}) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from qcomm.formats import RECV_DTYPES, WIRE_KINDS, Rounding, WireFormat
 from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
-from qcomm.ops.comm import barrier_spec
-from qcomm.ops.dispatch import decoding, encoding, recv_spec, send_spec
+from qcomm.ops.comm import barrier_spec, decoding, encoding
+from qcomm.ops.dispatch import recv_spec, send_spec
 from qcomm.ops.peer_store import peer_store_spec
 from qcomm.ops.route import route_spec
 
@@ -30,7 +30,8 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
         specs += (send_spec(kind, encoding(wire, kind), hidden) for kind in _inputs(wire))
         specs += (recv_spec(dtype, False, decoding(wire), hidden) for dtype in RECV_DTYPES)
         specs.append(recv_spec("fp8", True, decoding(wire), hidden))
-        specs += (combine_spec(name, wire, hidden) for name in ("combine_send", "combine_recv"))
+        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden))
+        specs.append(combine_spec("combine_recv", decoding(wire), hidden))
     return list(dict.fromkeys(specs))
 
 

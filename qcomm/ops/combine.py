@@ -6,10 +6,10 @@ import ctypes
 
 import torch
 
-from qcomm.formats import Rounding, WireFormat
+from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, spec, staging_warps, wire_constants
+from qcomm.ops.comm import Comm, Launcher, Quantizer, decoding, encoding, pointer, spec, staging_warps, wire_constants
 from qcomm.records import RecordLayout
 
 _RECV_THREADS = 256
@@ -45,13 +45,12 @@ class CombineRecvParams(ctypes.Structure):
 
 def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
     """Build the spec of `combine_send` or `combine_recv`."""
-    rounding = wire.rounding if name == "combine_send" else Rounding.NEAREST
     return spec(
         "combine",
         name,
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
-        **wire_constants(WireFormat(wire.kind, rounding=rounding, hadamard=wire.hadamard), hidden),
+        **wire_constants(wire, hidden),
     )
 
 
@@ -78,7 +77,7 @@ def launch_send(
     )
     record_bytes = RecordLayout(wire.kind, hidden).num_bytes
     warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
-    kernel = launcher.kernels.get(combine_spec, "combine_send", wire, hidden)
+    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
     kernel.launch(launcher.num_sms, 32 * warps, warps * record_bytes, stream, params)
 
 
@@ -87,6 +86,6 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
     out = torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
-        kernel = launcher.kernels.get(combine_spec, "combine_recv", wire, hidden)
+        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), hidden)
         kernel.launch(launcher.num_sms, _RECV_THREADS, 0, stream, params)
     return out

@@ -156,3 +156,15 @@ def staging_warps(stage_bytes: int, budget_bytes: int, most: int) -> int:
     The budgets of a send and a receive kernel together fit one SM, so that neither can keep the other out.
     """
     return max(1, min(most, budget_bytes // stage_bytes))
+
+
+def encoding(wire: WireFormat, input_kind: str) -> WireFormat:
+    """Drop the options that do not change the sending kernel; the scale rule is a parameter."""
+    if input_kind == "mxfp4" or wire.kind != "mxfp4":
+        return WireFormat(wire.kind)
+    return WireFormat("mxfp4", rounding=wire.rounding, hadamard=wire.hadamard)
+
+
+def decoding(wire: WireFormat) -> WireFormat:
+    """Drop the options that do not change the receiving kernel."""
+    return WireFormat(wire.kind, rounding=Rounding.NEAREST, hadamard=wire.hadamard)

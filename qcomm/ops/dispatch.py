@@ -8,10 +8,10 @@ import dataclasses
 import torch
 
 from qcomm.exchange import DispatchOptions, Payload, WireInput
-from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, Rounding, ScaleLayout, WireFormat
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, ScaleLayout, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Comm, Launcher, Quantizer, pointer, spec, staging_warps, wire_constants
+from qcomm.ops.comm import Comm, Launcher, Quantizer, decoding, encoding, pointer, spec, staging_warps, wire_constants
 from qcomm.records import RECORD_ALIGNMENT, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
@@ -224,15 +224,3 @@ def padded_rows(handle: DispatchHandle, num_rows: int) -> int:
     if handle.recv_layout == "expert_major":
         return -1
     return num_rows if handle.recv_layout == "batched" and not handle.static else 0
-
-
-def encoding(wire: WireFormat, input_kind: str) -> WireFormat:
-    """Drop the options that do not change the sending kernel; the scale rule is a parameter."""
-    if input_kind == "mxfp4" or wire.kind != "mxfp4":
-        return WireFormat(wire.kind)
-    return WireFormat("mxfp4", rounding=wire.rounding, hadamard=wire.hadamard)
-
-
-def decoding(wire: WireFormat) -> WireFormat:
-    """Drop the options that do not change the receiving kernel."""
-    return WireFormat(wire.kind, rounding=Rounding.NEAREST, hadamard=wire.hadamard)

@@ -84,13 +84,16 @@ def choose(config: BufferConfig, member: Member) -> Choice:
     obstacle = _limit(config, member) or _obstacle(seats)
     if obstacle is None:
         common = [p for p in symmetric.PROVIDERS if all(p in seat.capability.providers for seat in seats)]
-        if "nvshmem" in common and not _one_nvshmem([seat.nvshmem for seat in seats]):
+        running = [seat.nvshmem for seat in seats]
+        if "nvshmem" in common and not _one_nvshmem(running):
             common.remove("nvshmem")
         wanted = common if config.provider == "auto" else [p for p in common if p == config.provider]
         if wanted:
             how = "asked for" if config.backend == "nvlink" else "every rank reaches every GPU"
             return Choice("nvlink", wanted[0], f"{how}; symmetric memory from {wanted[0]}")
-        obstacle = f"provider {config.provider!r} must be installed on every rank, common are {common}"
+        obstacle = f"provider {config.provider!r} cannot serve this group, {common or 'none'} can"
+        if config.provider == "nvshmem" and running != [None] * member.num_ranks:
+            obstacle += f"; NVSHMEM runs as (PE, number of PEs) {running}"
     if config.backend == "nvlink":
         raise QcommUnsupportedError(
             f"backend 'nvlink' cannot run here: {obstacle}",
