@@ -55,7 +55,7 @@ def find_traffic(work: Workload) -> Traffic:
         recv_counts=list(handle.recv_counts),
         remote_out=max(each[0] for each in everyone),
         remote_in=max(each[1] for each in everyone),
-        row_record=handle.row_record.clamp(min=0),
+        row_record=handle.row_record[: handle.num_rows].clamp(min=0),
     )
 
 

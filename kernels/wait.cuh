@@ -33,6 +33,8 @@ __device__ __forceinline__ bool timed_out(const Comm& comm) {
     return load_relaxed_sys(&comm.state->timed_out) != 0;
 }
 
+constexpr int kPollNs = 32;
+
 // Waits until the flag, a counter that only grows, has reached `expected`; then everything the peer wrote
 // before it raised the flag is visible. Returns false past the deadline.
 __device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
@@ -48,7 +50,7 @@ __device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag
             }
             return false;
         }
-        __nanosleep(32);
+        __nanosleep(kPollNs);
     }
     load_acquire_sys(flag);
     return true;

@@ -50,9 +50,9 @@ class Owner:
 class DispatchHandle:
     """Where every token of one dispatch went. Immutable; valid until its buffer is reset or destroyed.
 
-    A record is one token as it arrived at this rank; records are numbered by source rank, then by token.
-    Tensors live on the buffer's device. In static mode those with a `records` or `rows` axis have worst-case
-    length, and only the first `recv_offsets[-1]` records, and the rows below `group_offsets[-1]`, are valid.
+    A record is one token as it arrived at this rank; records are numbered by source rank, then by token. Tensors live
+    on the buffer's device. Those of records, and `row_record`, may be longer than what is valid, which is the first
+    `recv_offsets[-1]` records; in static mode so may those of rows, of which the ones below `group_offsets[-1]` are.
 
     Attributes:
         owner: buffer and generation it belongs to.

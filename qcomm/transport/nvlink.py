@@ -115,7 +115,7 @@ class NvlinkTransport:
             if options.static:
                 handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
             else:
-                handle, payload = self._receive_counted(call.stream, receive, draft, topk_idx)
+                handle, payload = self._receive_counted(call, receive, draft, topk_idx)
             result = received(payload, handle, options)
             call.keep(result, handle)
         return result, handle, call.event
@@ -284,7 +284,7 @@ class NvlinkTransport:
         route.launch_place(self._launcher, stream, self._config.num_topk, params)
 
     def _receive_counted(
-        self, stream: int, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
+        self, call: _Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
     ) -> tuple[DispatchHandle, Payload]:
         """Receive as many rows as come, which only the counts tell.
 
@@ -293,14 +293,16 @@ class NvlinkTransport:
         """
         guess, payload = self._guess.get(draft.recv_layout, 0), None
         if guess and receive.can_guess:
-            payload = receive.launch(stream, guess, 0)
+            payload = receive.launch(call.stream, guess, 0)
+            call.join()
         counts = self._wait_for_counts(topk_idx)
         num_rows, rows_per_expert = counts.rows
         self._guess[draft.recv_layout] = align(num_rows + num_rows // _GUESS_MARGIN, FP8_GROUP_SIZE)
         if payload is None:
-            payload = receive.launch(stream, num_rows, rows_per_expert)
+            payload = receive.launch(call.stream, num_rows, rows_per_expert)
         elif num_rows > guess:
-            payload = receive.launch_again(stream, num_rows)
+            payload = receive.launch_again(call.stream, num_rows)
+            call.reopen()
         else:
             payload = dispatch.cut(payload, num_rows)
         return _cut(draft, counts), payload
@@ -380,17 +382,12 @@ class _Counts(NamedTuple):
 
 
 def _cut(draft: DispatchHandle, counts: _Counts) -> DispatchHandle:
-    """Cut a handle of worst-case length to what comes."""
-    records, (rows, rows_per_expert) = counts.offsets[-1], counts.rows
+    """Cut what users see of a worst-case handle to what comes; the host's time here is part of every call."""
+    rows, rows_per_expert = counts.rows
     return dataclasses.replace(
         draft,
         num_rows=rows,
         rows_per_expert=rows_per_expert,
-        record_src_token=draft.record_src_token[:records],
-        record_topk_idx=draft.record_topk_idx[:records],
-        record_topk_weights=draft.record_topk_weights[:records],
-        record_rows=draft.record_rows[:records],
-        row_record=draft.row_record[:rows],
         row_src=draft.row_src[:rows],
         row_weights=None if draft.row_weights is None else draft.row_weights[:rows],
         num_tokens_per_expert_list=counts.per_expert,
@@ -405,6 +402,7 @@ class _Call:
         self._main, self._side, self._caller = main, side, caller
         self.stream = main.cuda_stream
         self.event = torch.cuda.Event()
+        self._open = True
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[int]:
@@ -418,9 +416,15 @@ class _Call:
             record_stream(self._caller, *results)
 
     def join(self) -> None:
-        """End the call: the main stream waits for the sends."""
-        self._main.wait_stream(self._side)
-        self.event.record(self._main)
+        """End the call, unless that was done: the main stream waits for the sends."""
+        if self._open:
+            self._main.wait_stream(self._side)
+            self.event.record(self._main)
+            self._open = False
+
+    def reopen(self) -> None:
+        """Say that more was launched after `join`."""
+        self._open = True
 
 
 def _check_addresses(x: WireInput) -> None:
