@@ -29,7 +29,7 @@ struct CombineRecvParams {
 static_assert(sizeof(CombineRecvParams) == QCOMM_SIZEOF_COMBINE_RECV, "qcomm/ops/combine.py holds the same");
 
 // Any grid, at most 384 threads; a warp takes records round robin over the sources. Dynamic shared memory:
-// two records a warp, 16-byte aligned. Reads each row of y once and writes each record once: the dispatch's
+// one record a warp, 16-byte aligned. Reads each row of y once and writes each record once: the dispatch's
 // slot of this rank's region at the source, then, with release order, that slot's flag.
 extern "C" __global__ void __launch_bounds__(384, 2)
     combine_send(const __grid_constant__ CombineSendParams p) {

@@ -67,7 +67,7 @@ __device__ __forceinline__ WireVec encode_input(const InputVec& in, const Quanti
     }
 }
 
-// Any grid, at most 384 threads; a warp takes every num_warps-th token. Dynamic shared memory: two records a
+// Any grid, at most 384 threads; a warp takes every num_warps-th token. Dynamic shared memory: one record a
 // warp, 16-byte aligned. Reads x once and writes each record once per destination rank, itself included: slot
 // send_slot[token][rank] of this rank's region there, then, with release order, that slot's flag.
 extern "C" __global__ void __launch_bounds__(384, 2)

@@ -33,7 +33,7 @@ __device__ __forceinline__ bool timed_out(const Comm& comm) {
     return load_relaxed_sys(&comm.state->timed_out) != 0;
 }
 
-constexpr int kPollNs = 32;
+constexpr int kPollNs = 200;
 
 // Waits until the flag, a counter that only grows, has reached `expected`; then everything the peer wrote
 // before it raised the flag is visible. Returns false past the deadline.

@@ -105,6 +105,12 @@ def test_scale_storage(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, list(todo)))
 
 
+@targets(2, 3)
+def test_growing_and_shrinking(target: Target) -> None:
+    counts = ("one", "uneven", "empty", "uneven", "zero", "one", "uneven")
+    cases.no_problems(target.run(cases.run_cases, list(grid(Case(), recv_layout=RECV_LAYOUTS, counts=counts))))
+
+
 @targets(2, 3, 4)
 def test_routes(target: Target) -> None:
     todo = [

@@ -153,7 +153,7 @@ def test_table_tool(tmp_path: Path) -> None:
         bench_line("dispatch", "mxfp4", "expert_major", 50, commit="older"),
         bench_line("nccl", "bf16", "-", 200),
         bench_line("dispatch", "mxfp4", "expert_major", 100),
-        bench_line("dispatch", "mxfp4", "token_major", 90),
+        bench_line("dispatch", "fp8", "token_major", 90),
         bench_line("combine", "bf16", "expert_major", 80, benchmark="combine"),
     ]
     results.write_text("".join(rows))

@@ -19,7 +19,7 @@ LINK = "All rows: ["
 HEADERS = ("call", "wire", "layout", "p50 us", "physical GB/s", "vs NCCL BF16")
 # What tells one run from another.
 RUN_KEYS = ("command", "commit", "machine", "geometry", "num_ranks", "routing", "backend_reason", "ceiling_gbs")
-LAYOUTS = ("-", "expert_major")
+WIRE = "mxfp4"
 
 Line = dict[str, Any]
 
@@ -69,7 +69,7 @@ def render(path: Path, repo: Path) -> str:
     lines = dispatch_lines(path)
     if not lines:
         raise SystemExit(f"FILE must hold lines of `bench dispatch`, {path} has none")
-    rows = [line for line in last_run(lines) if line["layout"] in LAYOUTS]
+    rows = [line for line in last_run(lines) if line["wire"] == WIRE or line["call"].startswith("nccl")]
     table = [HEADERS, ("---", "---", "---", "---:", "---:", "---:"), *map(cells, rows)]
     first, name = rows[0], path.resolve().relative_to(repo).as_posix()
     machine, sizes = first["machine"], first["geometry"]

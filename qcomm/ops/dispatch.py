@@ -18,7 +18,7 @@ from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 _COLUMNWISE_THREADS = 256
 _SEND_SHARED_BYTES = 92 * 1024
 _RECV_SHARED_BYTES = 118 * 1024
-_MAX_SEND_WARPS = 12
+_MAX_SEND_WARPS = 8
 _MAX_RECV_WARPS = 12
 
 
