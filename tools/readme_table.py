@@ -86,7 +86,10 @@ def render(path: Path, repo: Path) -> str:
         "p50: device time of the slowest rank." if machine["nccl"] else "p50: host time of the slowest rank.",
         "Physical: bytes of records sent to other ranks over p50"
         + (f" (peer stores alone: {ceiling:.0f} GB/s)." if ceiling else "."),
-        "The baseline is all_to_all_single of tokens already packed by rank.",
+        "The baseline is all_to_all_single of tokens already packed by rank: one row a token and rank, which is",
+        "what token_major delivers; for expert_major, one row a token and expert, it is nccl + expand.",
+        "dispatch routes, and waits on the host for the counts; static routes and does not wait; replay has the",
+        "route already.",
         f"Command: `{first['command']}`,",
         f"commit {first['commit'][:12] if first['commit'] else 'unknown'}. {LINK}{name}]({name}).",
     ]
