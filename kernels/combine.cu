@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(256) combine_recv(const __grid_cons
             const int vec = step * 32 + lane;
             float sum[kVec] = {};
             for (uint32_t left = ranks; left != 0;) {
-                WireVec parts[kRowBatch];
+                LaneVec parts[kRowBatch];
                 bool valid[kRowBatch];
 #pragma unroll
                 for (int i = 0; i < kRowBatch; ++i) {

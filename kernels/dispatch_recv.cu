@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(384)
         const uint8_t* bytes = region<uint8_t>(comm, comm.rank, comm.dispatch_records) + index * kRecordBytes;
         uint32_t record_overflows = 0;
         for (int first = 0; first < kVecsPerLane; first += kBatch) {
-            WireVec parts[kBatch];
+            LaneVec parts[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i)
                 parts[i] = read_record(bytes, (first + i) * 32 + lane);
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(384)
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int vec = (first + i) * 32 + lane;
-                const RowVec out = convert(parts[i], p.quantizer, record_overflows);
+                const LaneVec out = convert(parts[i], p.quantizer, record_overflows);
                 if (vec >= kNumVecs) continue;
                 write_data(stage, vec, out);
                 if (kRecv == kRecvFp8 && vec % kLanesPerGroup == 0) {

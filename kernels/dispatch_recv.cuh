@@ -36,53 +36,32 @@ constexpr int kRowBytes = kRecv == kRecvBf16 ? 2 * kHidden : kRecv == kRecvFp8 ?
 constexpr int kRowScaleWords =
     kRecv == kRecvBf16 ? 0 : kHidden / 128;  // float32 of fp8, or four bytes of mxfp4
 
-// One lane's part of a row in the receiver's format, with its scales.
-struct RowVec {
-    uint4 low;
-    uint4 high;
-    float scale;
-    uint32_t sf;
-};
-
-__device__ __forceinline__ RowVec row_vec(const Fp8Vec& fp8) {
-    RowVec out = {};
-    out.low = fp8.data;
-    out.scale = fp8.scale;
-    return out;
-}
-
-__device__ __forceinline__ RowVec row_vec(const Mxfp4Vec& packed) {
-    RowVec out = {};
-    out.low.x = packed.codes.x;
-    out.low.y = packed.codes.y;
-    out.sf = packed.sf;
-    return out;
-}
-
-__device__ __forceinline__ RowVec convert(const WireVec& w, const Quantizer& quantizer, uint32_t& overflows) {
+// Converts one lane's part of a record to what the receiver asked for.
+__device__ __forceinline__ LaneVec convert(const LaneVec& w, const Quantizer& quantizer,
+                                           uint32_t& overflows) {
     if constexpr (static_cast<int>(kWire) == static_cast<int>(kRecv)) {
         return {w.low, w.high, w.scale, w.sf};
     } else if constexpr (kWire == kMxfp4 && kRecv == kRecvFp8 && !kHadamard) {
-        return row_vec(mxfp4_to_fp8(codes_of(w), w.sf, overflows));
+        return lane_vec(mxfp4_to_fp8(codes_of(w), w.sf, overflows));
     } else if constexpr (kWire == kBf16 && kRecv == kRecvMxfp4) {
-        return row_vec(quantize_mxfp4(w.low, w.high, quantizer));
+        return lane_vec(quantize_mxfp4(w.low, w.high, quantizer));
     } else if constexpr (kWire == kFp8 && kRecv == kRecvMxfp4) {
         float v[kVec];
         decode_e4m3(w.low, v);
         const int offset = scale_to_odd(v, w.scale);
-        return row_vec(quantize_mxfp4<false, true>(v, offset, quantizer, 0));
+        return lane_vec(quantize_mxfp4<false, true>(v, offset, quantizer, 0));
     } else {
         float v[kVec];
         decode_wire(w, v);
-        if constexpr (kRecv == kRecvFp8) return row_vec(quantize_fp8(v));
-        RowVec out = {};
+        if constexpr (kRecv == kRecvFp8) return lane_vec(quantize_fp8(v));
+        LaneVec out = {};
         encode_bf16(v, out.low, out.high);
         return out;
     }
 }
 
 // Writes one lane's part of a row's data, to global or shared memory.
-__device__ __forceinline__ void write_data(uint8_t* row, int vec, const RowVec& out) {
+__device__ __forceinline__ void write_data(uint8_t* row, int vec, const LaneVec& out) {
     if constexpr (kRecv == kRecvBf16) {
         reinterpret_cast<uint4*>(row)[2 * vec] = out.low;
         reinterpret_cast<uint4*>(row)[2 * vec + 1] = out.high;

@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
              tile_column < min((i % kStrips + 1) * kStrip, kColumnTiles); ++tile_column) {
             const int first_column = tile_column * kTile;
             const int vec = (first_column + column) / kVec;
-            WireVec parts[kRowsPerThread];
+            LaneVec parts[kRowsPerThread];
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
                 const int64_t index = records[row + r];
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             }
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
-                const RowVec out = convert(parts[r], p.quantizer, row_overflows);
+                const LaneVec out = convert(parts[r], p.quantizer, row_overflows);
                 write_data(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
                 if (vec % kLanesPerGroup == 0) {
                     *scale_word(p, first_row + row + r, vec / kLanesPerGroup) = __float_as_uint(out.scale);

@@ -46,12 +46,12 @@ __device__ __forceinline__ InputVec read_input(const DispatchSendParams& p, int 
     return in;
 }
 
-__device__ __forceinline__ WireVec encode_input(const InputVec& in, const Quantizer& quantizer, int token,
+__device__ __forceinline__ LaneVec encode_input(const InputVec& in, const Quantizer& quantizer, int token,
                                                 int vec) {
     if constexpr (static_cast<int>(kInput) == static_cast<int>(kWire)) {
         return {in.low, in.high, in.scale, 0};
     } else if constexpr (kInput == kInputBf16 && kWire == kMxfp4 && !kHadamard && !kStochastic) {
-        return wire_vec(quantize_mxfp4(in.low, in.high, quantizer));
+        return lane_vec(quantize_mxfp4(in.low, in.high, quantizer));
     } else {
         float v[kVec];
         int offset = 0;

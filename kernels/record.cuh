@@ -17,8 +17,8 @@ constexpr int kVecsPerLane = (kNumVecs + 31) / 32;
 constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : kWire == kBf16 ? 4 : 7;
 constexpr int kBatch = kVecsPerLane < kMaxBatch ? kVecsPerLane : kMaxBatch;
 
-// One lane's part of a record, in the format it has there.
-struct WireVec {
+// One lane's part of a record or of a received row.
+struct LaneVec {
     uint4 low;    // bf16: elements 0 to 7; fp8: all; mxfp4: codes in x and y
     uint4 high;   // bf16: elements 8 to 15
     float scale;  // fp8
@@ -26,8 +26,8 @@ struct WireVec {
 };
 
 // Reads one lane's part; lanes past the end get zeros.
-__device__ __forceinline__ WireVec read_record(const uint8_t* record, int vec) {
-    WireVec w = {};
+__device__ __forceinline__ LaneVec read_record(const uint8_t* record, int vec) {
+    LaneVec w = {};
     if (vec >= kNumVecs) return w;
     if constexpr (kWire == kBf16) {
         const uint4* data = reinterpret_cast<const uint4*>(record) + 2 * vec;
@@ -45,20 +45,27 @@ __device__ __forceinline__ WireVec read_record(const uint8_t* record, int vec) {
     return w;
 }
 
-__device__ __forceinline__ WireVec wire_vec(const Mxfp4Vec& packed) {
-    WireVec w = {};
+__device__ __forceinline__ LaneVec lane_vec(const Fp8Vec& fp8) {
+    LaneVec v = {};
+    v.low = fp8.data;
+    v.scale = fp8.scale;
+    return v;
+}
+
+__device__ __forceinline__ LaneVec lane_vec(const Mxfp4Vec& packed) {
+    LaneVec w = {};
     w.low.x = packed.codes.x;
     w.low.y = packed.codes.y;
     w.sf = packed.sf;
     return w;
 }
 
-__device__ __forceinline__ uint2 codes_of(const WireVec& w) {
+__device__ __forceinline__ uint2 codes_of(const LaneVec& w) {
     return make_uint2(w.low.x, w.low.y);
 }
 
 // Decodes one lane's part to float32.
-__device__ __forceinline__ void decode_wire(const WireVec& w, float (&v)[kVec]) {
+__device__ __forceinline__ void decode_wire(const LaneVec& w, float (&v)[kVec]) {
     if constexpr (kWire == kBf16) {
         decode_bf16(w.low, w.high, v);
     } else if constexpr (kWire == kFp8) {
@@ -71,25 +78,23 @@ __device__ __forceinline__ void decode_wire(const WireVec& w, float (&v)[kVec]) 
 
 // Encodes v * 2^offset, one lane's part of token `row`; offset is 0 unless the wire is mxfp4.
 template <bool kScaled>
-__device__ __forceinline__ WireVec encode_wire(float (&v)[kVec], int offset, const Quantizer& quantizer,
+__device__ __forceinline__ LaneVec encode_wire(float (&v)[kVec], int offset, const Quantizer& quantizer,
                                                int row, int vec) {
-    WireVec w = {};
+    LaneVec w = {};
     if constexpr (kWire == kBf16) {
         encode_bf16(v, w.low, w.high);
     } else if constexpr (kWire == kFp8) {
-        const Fp8Vec fp8 = quantize_fp8(v);
-        w.low = fp8.data;
-        w.scale = fp8.scale;
+        w = lane_vec(quantize_fp8(v));
     } else {
         if constexpr (kHadamard) hadamard32(v);
         const uint64_t index = static_cast<uint64_t>(row) * kHidden + vec * kVec;
-        w = wire_vec(quantize_mxfp4<kStochastic, kScaled>(v, offset, quantizer, index));
+        w = lane_vec(quantize_mxfp4<kStochastic, kScaled>(v, offset, quantizer, index));
     }
     return w;
 }
 
 // Writes one lane's part to a record in shared memory.
-__device__ __forceinline__ void write_record(uint8_t* record, const WireVec& w, int vec) {
+__device__ __forceinline__ void write_record(uint8_t* record, const LaneVec& w, int vec) {
     if (vec >= kNumVecs) return;
     if constexpr (kWire == kBf16) {
         uint4* data = reinterpret_cast<uint4*>(record) + 2 * vec;
