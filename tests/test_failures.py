@@ -534,6 +534,23 @@ def test_obstacles(found: list[select._Seat], want: str | None) -> None:
     assert select._obstacle(found) == want
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_ranks", "want"),
+    [
+        ({}, 16, None),
+        ({}, 17, "ranks of at most 16, got 17"),
+        ({"num_topk": 33}, 4, "num_topk of at most 32, got 33"),
+        ({"hidden": 41088}, 4, "hidden of at most 40960, got 41088"),
+        ({"num_max_tokens_per_rank": 1 << 20}, 4, "num_experts 272 and num_max_tokens_per_rank 1048576 need 283728"),
+    ],
+)
+def test_limits(changes: dict[str, int], num_ranks: int, want: str | None) -> None:
+    shape = {"num_experts": 272, "num_topk": 32, "hidden": 40960, "num_max_tokens_per_rank": 4096} | changes
+    config = BufferConfig(**shape, precision=WirePrecision(), backend="nvlink", provider="auto", device_type="cuda")
+    limit = select._limit(config, num_ranks)
+    assert limit is None if want is None else want in str(limit)
+
+
 def choose(monkeypatch: pytest.MonkeyPatch, found: list[select._Seat], backend: str, provider: str) -> Choice:
     """Choose as rank 0 of ranks that told this."""
 

@@ -13,6 +13,7 @@ from qcomm.records import RecordLayout
 
 MAX_RANKS = 16
 MAX_TOPK = 32
+MAX_BLOCK_SHARED_BYTES = 227 * 1024
 MAX_HIDDEN = 40960
 """A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
 PHASES = ("barrier", "route", "dispatch", "combine")

@@ -83,6 +83,11 @@ def route_chunk(num_tokens: int) -> int:
     return max(32, align(-(-num_tokens // MAX_CHUNKS), 32))
 
 
+def route_shared_bytes(num_experts: int, num_ranks: int, num_tokens: int) -> int:
+    """Return the shared memory of a `route` block: a count and a bitmap of its chunk for every expert and rank."""
+    return 4 * (num_experts + num_ranks) * (1 + route_chunk(num_tokens) // 32)
+
+
 def launch_route(
     launcher: Launcher,
     stream: int,
@@ -94,7 +99,7 @@ def launch_route(
     comm = launcher.comm
     num_tokens, num_topk = topk_idx.shape
     chunk = route_chunk(num_tokens)
-    shared_bytes = 4 * (comm.num_experts + comm.num_ranks) * (1 + chunk // 32)
+    shared_bytes = route_shared_bytes(comm.num_experts, comm.num_ranks, num_tokens)
     params = RouteParams(comm, topk_idx.data_ptr(), pointer(topk_weights), send_slot.data_ptr(), num_tokens, chunk)
     kernel = launcher.kernels.get(route_spec, "route", num_topk, topk_idx.element_size())
     kernel.launch(max(1, -(-num_tokens // chunk)), _ROUTE_THREADS, shared_bytes, stream, params)

@@ -355,22 +355,23 @@ class NvlinkTransport:
     @contextlib.contextmanager
     def _call(self, async_op: bool, *inputs: object) -> Iterator[_Call]:
         """Order a call after the one before it, on the stream it runs on."""
-        caller = torch.cuda.current_stream(self._member.device)
-        main = self._comm_stream if async_op else caller
-        if async_op:
-            main.wait_stream(caller)
-            record_stream(main, *inputs)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if self._last is not None and not capturing:
-            main.wait_event(self._last)
-        call = _Call(main, self._send_stream, caller)
-        try:
-            with torch.cuda.stream(main) if async_op else contextlib.nullcontext():
-                yield call
-        finally:
-            call.join()
-            if not capturing:
-                self._last = call.event
+        with torch.cuda.device(self._member.device):
+            caller = torch.cuda.current_stream()
+            main = self._comm_stream if async_op else caller
+            if async_op:
+                main.wait_stream(caller)
+                record_stream(main, *inputs)
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self._last is not None and not capturing:
+                main.wait_event(self._last)
+            call = _Call(main, self._send_stream, caller)
+            try:
+                with torch.cuda.stream(main) if async_op else contextlib.nullcontext():
+                    yield call
+            finally:
+                call.join()
+                if not capturing:
+                    self._last = call.event
 
 
 class _Counts(NamedTuple):

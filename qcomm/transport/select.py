@@ -14,7 +14,8 @@ from qcomm import validate
 from qcomm.config import BufferConfig, Member
 from qcomm.errors import QcommUnsupportedError
 from qcomm.handle import Owner
-from qcomm.ops.comm import MAX_HIDDEN, MAX_RANKS, MAX_TOPK
+from qcomm.ops.comm import MAX_BLOCK_SHARED_BYTES, MAX_HIDDEN, MAX_RANKS, MAX_TOPK
+from qcomm.ops.route import route_shared_bytes
 from qcomm.transport import symmetric
 from qcomm.transport.base import Transport
 from qcomm.transport.collective import CollectiveTransport
@@ -81,7 +82,7 @@ def choose(config: BufferConfig, member: Member) -> Choice:
         return Choice("collective", None, "asked for")
     seats: list[_Seat] = [_seat(member.device)] * member.num_ranks
     dist.all_gather_object(seats, seats[0], group=member.group)
-    obstacle = _limit(config, member) or _obstacle(seats)
+    obstacle = _obstacle(seats) or _limit(config, member.num_ranks)
     if obstacle is None:
         common = [p for p in symmetric.PROVIDERS if all(p in seat.capability.providers for seat in seats)]
         running = [seat.nvshmem for seat in seats]
@@ -137,16 +138,22 @@ def _seat(device: torch.device) -> _Seat:
     return _Seat(capability, host, uuids[device.index], tuple(reachable), running, tuple(uuids))
 
 
-def _limit(config: BufferConfig, member: Member) -> str | None:
+def _limit(config: BufferConfig, num_ranks: int) -> str | None:
     """Say which limit of the nvlink backend the buffer's shape passes, None if it keeps within them."""
     sizes = {
-        "ranks": (member.num_ranks, MAX_RANKS),
+        "ranks": (num_ranks, MAX_RANKS),
         "num_topk": (config.num_topk, MAX_TOPK),
         "hidden": (config.hidden, MAX_HIDDEN),
     }
     for name, (size, limit) in sizes.items():
         if size > limit:
             return f"the nvlink backend takes {name} of at most {limit}, got {size}"
+    routing = route_shared_bytes(config.num_experts, num_ranks, config.num_max_tokens_per_rank)
+    if routing > MAX_BLOCK_SHARED_BYTES:
+        return (
+            f"the nvlink backend has {MAX_BLOCK_SHARED_BYTES} bytes of shared memory to route in, num_experts "
+            f"{config.num_experts} and num_max_tokens_per_rank {config.num_max_tokens_per_rank} need {routing}"
+        )
     return None
 
 
