@@ -458,6 +458,17 @@ def test_cpu_tensors_on_a_gpu_buffer(gpu_pool: RankPool) -> None:
     gpu_pool.run(_wrong_gpu_tensors)
 
 
+def _with_another_gpu_current(rank: int, num_ranks: int) -> None:
+    other = (rank + 1) % torch.cuda.device_count()
+    with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink") as buffer, torch.cuda.device(other):
+        works(buffer)
+
+
+@pytest.mark.gpu
+def test_another_gpu_may_be_current(gpu_pool: RankPool) -> None:
+    gpu_pool.run(_with_another_gpu_current)
+
+
 def _undestroyed(rank: int, num_ranks: int) -> None:
     buffer = cases.make_buffer(CASE, num_ranks, "cpu", "collective")
     with pytest.warns(ResourceWarning, match="not destroyed"):
