@@ -6,7 +6,7 @@ element on the current stream lets all ranks go on together; an event is recorde
 The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a pass of its
 own, because a call that synchronises with the host would wait for the sleep too, the host time is taken with
 `time.perf_counter` around the call, with the device idle and the ranks together before it. On the CPU the host time is
-the only one. p50 and p99 are nearest-rank percentiles of each rank's iterations; reported are the slowest rank's p50,
+the only one. Python collects no garbage meanwhile. p50 and p99 are nearest-rank percentiles of each rank's iterations; reported are the slowest rank's p50,
 the slowest p99 and the slowest host p50.
 
 CEILING. A kernel on all SMs stores 64 MiB to each peer at once, in 16-byte vectors, timed in the same run in the same
@@ -23,6 +23,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import platform
@@ -195,10 +196,15 @@ class Clock:
     def time(self, call: Callable[[], object]) -> Timing:
         """Time a call."""
         once = self._device_us if self._on_cuda else self._host_us
-        for _ in range(_WARM_UP[self._member.device.type]):
-            once(call)
-        times_us = [once(call) for _ in range(self._iterations)]
-        host_us = [self._host_us(call) for _ in range(self._iterations)] if self._on_cuda else times_us
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(_WARM_UP[self._member.device.type]):
+                once(call)
+            times_us = [once(call) for _ in range(self._iterations)]
+            host_us = [self._host_us(call) for _ in range(self._iterations)] if self._on_cuda else times_us
+        finally:
+            gc.enable()
         settle(self._member)
         return slowest(self._member, times_us, host_us)
 
