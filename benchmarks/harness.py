@@ -6,8 +6,8 @@ element on the current stream lets all ranks go on together; an event is recorde
 The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a pass of its
 own, because a call that synchronises with the host would wait for the sleep too, the host time is taken with
 `time.perf_counter` around the call, with the device idle and the ranks together before it. On the CPU the host time is
-the only one. Python collects no garbage meanwhile. p50 and p99 are nearest-rank percentiles of each rank's iterations; reported are the slowest rank's p50,
-the slowest p99 and the slowest host p50.
+the only one. Python collects no garbage meanwhile. p50 and p99 are nearest-rank percentiles of each rank's iterations;
+reported are the slowest rank's p50, the slowest p99 and the slowest host p50.
 
 CEILING. A kernel on all SMs stores 64 MiB to each peer at once, in 16-byte vectors, timed in the same run in the same
 way. Its bandwidth is the remote bytes of a rank over that time.

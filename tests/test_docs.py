@@ -174,3 +174,42 @@ def test_table_tool(tmp_path: Path) -> None:
 
     results.write_text("".join(rows).replace("200", "201"))
     assert "README.md must hold the table" in run([*tool, "--check"], code=1)
+
+
+def test_quality_table_tool(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- bench:dispatch -->\n<!-- /bench:dispatch -->\n")
+    page = tmp_path / "docs" / "formats.md"
+    results = tmp_path / "benchmarks" / "results" / "quality-cpu.jsonl"
+    page.parent.mkdir()
+    results.parent.mkdir(parents=True)
+    page.write_text("Before.\n<!-- bench:quality -->\n<!-- /bench:quality -->\nAfter.\n")
+    about = {
+        "benchmark": "quality",
+        "command": "python -m qcomm bench quality",
+        "commit": "0123456789abcdef",
+        "machine": {"devices": "1 x x86_64 CPU", "torch": "2.11.0"},
+        "rows": 128,
+        "columns": 256,
+        "seed": 0,
+    }
+    rows = [
+        {**about, "source": source, "conversion": name, "error_percent": error, "spread_overflows": overflows}
+        for source in ("gaussian", "outliers")
+        for name, error, overflows in (("fp8", 0.07, None), ("mxfp4 to fp8, row", 0.0, 3))
+    ]
+    older = {**rows[0], "commit": "older", "error_percent": 5.0}
+    results.write_text("".join(json.dumps(row) + "\n" for row in [older, *rows]))
+    tool = [sys.executable, str(TABLE_TOOL), "--repo", str(tmp_path)]
+    assert "docs/formats.md must hold the table" in run([*tool, "--check"], code=1)
+    # The dispatch table has no results here, which comes after.
+    assert "FILE must be given" in run(tool, code=1)
+    run([*tool, "--check"])
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert [line for line in text.splitlines() if line.startswith("| ")] == [
+        "| conversion | gaussian | outliers |",
+        "| --- | ---: | ---: |",
+        "| fp8 | 0.070 | 0.070 |",
+        "| mxfp4 to fp8, row | 0.000 (3) | 0.000 (3) |",
+    ]

@@ -1,8 +1,9 @@
-"""Writes the dispatch table of README.md: `python tools/readme_table.py [FILE] [--check]`.
+"""Writes the measured tables of README.md and docs/formats.md: `python tools/readme_table.py [FILE] [--check]`.
 
 FILE holds JSON lines of `python -m qcomm bench dispatch --json FILE`, in the repository; its last run is taken. Without
 FILE it is the file that the table links to, or else the only one in benchmarks/results/ with lines of that benchmark.
---check writes nothing and exits with 1 if README.md is out of date, or has no table though there are results.
+The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists.
+--check writes nothing and exits with 1 if a table is out of date, or is not there though there are results.
 """
 
 import argparse
@@ -21,15 +22,19 @@ HEADERS = ("call", "wire", "layout", "p50 us", "physical GB/s", "vs NCCL BF16")
 RUN_KEYS = ("command", "commit", "machine", "geometry", "num_ranks", "routing", "backend_reason", "ceiling_gbs")
 WIRE = "mxfp4"
 
+QUALITY_PAGE, QUALITY_RESULTS = "docs/formats.md", f"{RESULTS}/quality-cpu.jsonl"
+QUALITY_BEGIN, QUALITY_END = "<!-- bench:quality -->", "<!-- /bench:quality -->"
+QUALITY_RUN_KEYS = ("command", "commit", "machine", "rows", "columns", "seed")
+
 Line = dict[str, Any]
 
 
-def split(readme: str) -> tuple[str, str, str]:
+def split(page: Path, begin_mark: str = BEGIN, end_mark: str = END) -> tuple[str, str, str]:
     """Returns what stands before the block, in it and after it; the markers belong to the outer parts."""
-    before, begin, rest = readme.partition(BEGIN + "\n")
-    block, end, after = rest.partition(END)
+    before, begin, rest = page.read_text().partition(begin_mark + "\n")
+    block, end, after = rest.partition(end_mark)
     if not begin or not end:
-        raise SystemExit(f"README.md must hold {BEGIN} and {END}")
+        raise SystemExit(f"{page.name} must hold {begin_mark} and {end_mark}")
     return before + begin, block, end + after
 
 
@@ -97,6 +102,43 @@ def render(path: Path, repo: Path) -> str:
     return f"{markdown}\n" + "".join(f"{line}\n" for line in about)
 
 
+def quality_cell(line: Line) -> str:
+    overflows = line["spread_overflows"]
+    return f"{line['error_percent']:.3f}" + ("" if overflows is None else f" ({overflows})")
+
+
+def render_quality(path: Path) -> str:
+    """Returns the block of docs/formats.md: a row a conversion, a column a source, of the last run."""
+    lines: list[Line] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    last = lines[-1]
+    run = [line for line in lines if all(line[key] == last[key] for key in QUALITY_RUN_KEYS)]
+    by_name = {(line["conversion"], line["source"]): line for line in run}
+    sources = list(dict.fromkeys(line["source"] for line in run))
+    table = [("conversion", *sources), ("---", *("---:" for _ in sources))]
+    names = dict.fromkeys(line["conversion"] for line in run)
+    table += [(name, *(quality_cell(by_name[name, source]) for source in sources)) for name in names]
+    machine, commit = last["machine"], last["commit"]
+    about = (
+        f"[{last['rows']}, {last['columns']}] each, seed {last['seed']}; {machine['devices']},",
+        f"torch {machine['torch']}.",
+        f"Command: `{last['command']}`,",
+        f"commit {commit[:12] if commit else 'unknown'}. All rows: [{QUALITY_RESULTS}](../{QUALITY_RESULTS}).",
+    )
+    return "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n" + "".join(f"{line}\n" for line in about)
+
+
+def update_quality(repo: Path, check: bool) -> None:
+    page, path = repo / QUALITY_PAGE, repo / QUALITY_RESULTS
+    if not path.exists():
+        return
+    before, block, after = split(page, QUALITY_BEGIN, QUALITY_END)
+    wanted = render_quality(path)
+    if not check:
+        page.write_text(before + wanted + after)
+    elif wanted != block:
+        sys.exit(f"{QUALITY_PAGE} must hold the table of {path}; run python tools/readme_table.py")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE")
@@ -104,8 +146,9 @@ def main() -> None:
     parser.add_argument("--repo", type=Path, default=REPO, help="where README.md is (default: this checkout)")
     given = parser.parse_args()
     repo = given.repo.resolve()
+    update_quality(repo, given.check)
     readme = repo / "README.md"
-    before, block, after = split(readme.read_text())
+    before, block, after = split(readme)
     path = given.file or find_results(block, repo)
     if path is None:
         if not given.check:
