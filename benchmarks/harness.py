@@ -241,7 +241,7 @@ def peer_store_gbs(clock: Clock, member: Member, provider: str | None) -> float 
     source = _pattern(member.rank, member.device)
     mine = member.rank * _PEER_BYTES
     peers = [address + mine for rank, address in enumerate(memory.peers) if rank != member.rank]
-    kernels = KernelLoader("sm_{}{}".format(*torch.cuda.get_device_capability(member.device)))
+    kernels = KernelLoader(member.device)
 
     def store() -> None:
         launch_peer_store(kernels, torch.cuda.current_stream(member.device).cuda_stream, source, peers)

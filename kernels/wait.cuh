@@ -12,12 +12,7 @@ enum Phase {
     kPhaseCombine = QCOMM_PHASE_COMBINE,
 };
 
-enum ReportCode {
-    kNothing = 0,
-    kTimeout = QCOMM_TIMEOUT,
-    kOverflow = QCOMM_OVERFLOW,
-    kBadRoute = QCOMM_BAD_ROUTE
-};
+enum ReportCode { kTimeout = QCOMM_TIMEOUT, kOverflow = QCOMM_OVERFLOW, kBadRoute = QCOMM_BAD_ROUTE };
 
 __device__ __forceinline__ void write_report(Report* report, uint32_t code, const Comm& comm, int peer,
                                              int phase, int expected, int seen) {

@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
+
 from qcomm import resources
 from qcomm.errors import QcommUnsupportedError
 
@@ -137,16 +139,6 @@ class Kernel:
         self._handle = int(function.kernel.ptr)
         self._shared_bytes = _MAX_STATIC_SHARED_BYTES
 
-    @property
-    def num_registers(self) -> int:
-        """Registers a thread."""
-        return int(self._function.num_regs)
-
-    @property
-    def local_bytes(self) -> int:
-        """Local memory a thread, which is where spilled registers go."""
-        return int(self._function.local_size_bytes)
-
     def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
         from cuda.bindings import driver
@@ -164,8 +156,8 @@ class Kernel:
 class KernelLoader:
     """Loads kernels for one device and remembers them."""
 
-    def __init__(self, arch: str) -> None:
-        self._arch = arch
+    def __init__(self, device: torch.device) -> None:
+        self._arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         self._kernels: dict[tuple[Hashable, ...], Kernel] = {}
 
     def get(self, make_spec: Callable[..., KernelSpec], *args: Hashable) -> Kernel:

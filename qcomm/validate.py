@@ -28,12 +28,6 @@ def multiple(name: str, value: int, of: int) -> None:
         raise ValueError(f"{name} must be a multiple of {of}, got {value}")
 
 
-def at_most(name: str, value: int, limit: int) -> None:
-    """Require an int that is not above a limit."""
-    if value > limit:
-        raise ValueError(f"{name} must be at most {limit}, got {value}")
-
-
 def seed(value: object) -> None:
     """Require a seed of random bits: an int of at most 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool):

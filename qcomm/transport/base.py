@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-from qcomm.errors import QcommError, QcommOverflowError
-from qcomm.exchange import DispatchOptions, Payload, WireInput
+from qcomm.errors import QcommError, QcommOverflowError, QcommPeerError, QcommRoutingError
+from qcomm.exchange import DispatchOptions, Payload, WireInput, describe_bad_route
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle, Event, Received
 
@@ -99,3 +99,26 @@ def overflow_error(rank: int, needed: int, available: int) -> QcommOverflowError
         expected=needed,
         seen=available,
     )
+
+
+def routing_error(rank: int, token: int, ids: list[int], num_experts: int) -> QcommRoutingError:
+    """Build the error of the rank that gave a bad topk_idx."""
+    text = describe_bad_route(token, ids, num_experts)
+    return QcommRoutingError(text, rank=rank, phase="dispatch.layout", seen=ids)
+
+
+def peer_routing_error(rank: int, peer: int, token: int) -> QcommPeerError:
+    """Build the error of the ranks whose peer gave a bad topk_idx."""
+    return QcommPeerError(
+        f"rank {peer} gave a bad topk_idx (token {token}); no rank has a result",
+        rank=rank,
+        peer=peer,
+        phase="dispatch.layout",
+        seen=token,
+    )
+
+
+def dropped_token_error(rank: int, token: int) -> QcommRoutingError:
+    """Build the error of a static dispatch that left out a token with a bad route."""
+    text = f"rank {rank}: topk_idx[{token}] must hold distinct experts in range; the token was dropped"
+    return QcommRoutingError(text, rank=rank, phase="dispatch.layout", seen=token)

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from qcomm import exchange
 from qcomm.config import BufferConfig, Member
-from qcomm.errors import QcommError, QcommPeerError, QcommRoutingError, QcommTimeoutError
+from qcomm.errors import QcommError, QcommPeerError, QcommTimeoutError
 from qcomm.exchange import DispatchOptions, Routing, WireInput
 from qcomm.formats import WireFormat
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
 from qcomm.records import MetadataLayout
-from qcomm.transport.base import overflow_error, received
+from qcomm.transport.base import dropped_token_error, overflow_error, peer_routing_error, received, routing_error
 from qcomm.transport.streams import record_stream
 
 
@@ -175,17 +175,9 @@ class CollectiveTransport:
         failed = {rank: token - 1 for rank, token in enumerate(table[:, 0].tolist()) if token}
         if member.rank in failed:
             token = failed[member.rank]
-            problem = exchange.describe_bad_route(token, topk_idx[token].tolist(), self._config.num_experts)
-            raise QcommRoutingError(problem, rank=member.rank, phase="dispatch.layout", seen=topk_idx[token].tolist())
+            raise routing_error(member.rank, token, topk_idx[token].tolist(), self._config.num_experts)
         if failed:
-            peer, token = next(iter(failed.items()))
-            raise QcommPeerError(
-                f"rank {peer} gave a bad topk_idx (token {token}); nothing was sent",
-                rank=member.rank,
-                peer=peer,
-                phase="dispatch.layout",
-                seen=token,
-            )
+            raise peer_routing_error(member.rank, *next(iter(failed.items())))
         return table[:, 1:]
 
     def _send(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> Received:
@@ -301,8 +293,7 @@ class _Noted:
             return None
         if self.what == "rows":
             return overflow_error(rank, needed=value, available=self.limit)
-        text = f"rank {rank}: topk_idx[{value - 1}] must hold distinct experts in range; the token was dropped"
-        return QcommRoutingError(text, rank=rank, phase="dispatch.layout", seen=value - 1)
+        return dropped_token_error(rank, value - 1)
 
 
 class _Async:

@@ -22,8 +22,6 @@ from qcomm import exchange
 from qcomm.config import BufferConfig, Member, synchronize_hosts
 from qcomm.errors import (
     QcommError,
-    QcommPeerError,
-    QcommRoutingError,
     QcommTimeoutError,
 )
 from qcomm.exchange import DispatchOptions, Payload, WireInput
@@ -46,7 +44,7 @@ from qcomm.ops.comm import (
 from qcomm.ops.dispatch import Receive
 from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
-from qcomm.transport.base import overflow_error, received
+from qcomm.transport.base import dropped_token_error, overflow_error, peer_routing_error, received, routing_error
 from qcomm.transport.streams import record_stream
 from qcomm.transport.symmetric import abandon, allocate
 
@@ -68,7 +66,6 @@ class NvlinkTransport:
         num_sms: int | None,
         provider: str,
     ) -> None:
-        capability = torch.cuda.get_device_capability(member.device)
         self._config, self._member, self._owner = config, member, owner
         self._layout = _symmetric_layout(config, member)
         self._comm_stream = comm_stream
@@ -88,7 +85,7 @@ class NvlinkTransport:
         self._reports_view = HostReports.from_address(self._reports.data_ptr())
         num_device_sms = torch.cuda.get_device_properties(member.device).multi_processor_count
         self._launcher = Launcher(
-            KernelLoader("sm_{}{}".format(*capability)),
+            KernelLoader(member.device),
             self._comm(),
             num_device_sms if num_sms is None else min(num_sms, num_device_sms),
         )
@@ -160,10 +157,7 @@ class NvlinkTransport:
         code, expected, seen = notice.code, notice.expected, notice.seen
         notice.code = 0
         if code == BAD_ROUTE:
-            text = (
-                f"rank {self._member.rank}: topk_idx[{seen}] must hold distinct experts in range; the token was dropped"
-            )
-            return QcommRoutingError(text, rank=self._member.rank, phase="dispatch.layout", seen=seen)
+            return dropped_token_error(self._member.rank, seen)
         return overflow_error(self._member.rank, needed=expected, available=seen)
 
     def reset(self, generation: int) -> None:
@@ -323,17 +317,9 @@ class NvlinkTransport:
             raise self._timeout_error(self._reports_view.timeout)
         bad_rank, bad_token = int(host[route.HOST_BAD_RANK]), int(host[route.HOST_BAD_TOKEN])
         if bad_rank == member.rank:
-            ids = topk_idx[bad_token].tolist()
-            problem = exchange.describe_bad_route(bad_token, ids, self._config.num_experts)
-            raise QcommRoutingError(problem, rank=member.rank, phase="dispatch.layout", seen=ids)
+            raise routing_error(member.rank, bad_token, topk_idx[bad_token].tolist(), self._config.num_experts)
         if bad_rank >= 0:
-            raise QcommPeerError(
-                f"rank {bad_rank} gave a bad topk_idx (token {bad_token}); no rank has a result",
-                rank=member.rank,
-                peer=bad_rank,
-                phase="dispatch.layout",
-                seen=bad_token,
-            )
+            raise peer_routing_error(member.rank, bad_rank, bad_token)
         first = route.HOST_FIXED + member.num_ranks + 1
         offsets = host[route.HOST_FIXED : first].tolist()
         per_expert = tuple(host[first:].tolist())
