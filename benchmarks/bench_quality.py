@@ -30,15 +30,15 @@ from pathlib import Path
 import harness
 import torch
 
-from qcomm.formats import BLOCK_SIZE, E2M1_MAGNITUDES, E8M0_BIAS, FP8_GROUP_SIZE, Rounding, ScaleRule
+from qcomm.formats import BLOCK_SIZE, E2M1_MAGNITUDES, E8M0_BIAS, FP8_GROUP_SIZE, MAXIMUM_RULES, Rounding, ScaleRule
 from qcomm.reference import (
     dequantize_fp8,
     dequantize_mxfp4,
     mxfp4_to_fp8,
-    mxfp4_to_fp8_columnwise,
     quantize_fp8,
     quantize_mxfp4,
 )
+from qcomm.reference_columnwise import mxfp4_to_fp8_columnwise
 from qcomm.table import format_table
 from qcomm.tensors import MXFP4Tensor
 
@@ -105,7 +105,7 @@ def _conversions(
     x: torch.Tensor, rows: torch.Tensor, seed: int
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Yield each conversion's name, what it was given, what came out, and its spread overflows."""
-    for rule in ScaleRule:
+    for rule in MAXIMUM_RULES:
         q = quantize_mxfp4(x, rule)
         if rule in (ScaleRule.RCEIL, ScaleRule.CEIL):
             _require((_in_scales(x, q).abs() <= E2M1_MAGNITUDES[-1]).all(), f"{rule.name}: an element saturates")
@@ -117,6 +117,10 @@ def _conversions(
     far = _in_scales(decoded.double() - x.double(), q).abs() >= _WIDEST_GAP
     _require(~far.any(), "stochastic: an element is 2 scales or more from its source")
     yield "mxfp4 RCEIL, stochastic", x, decoded, None
+
+    yield "mxfp4 QUEST, hadamard", x, dequantize_mxfp4(quantize_mxfp4(x, ScaleRule.QUEST, hadamard=True)), None
+    q = quantize_mxfp4(x, ScaleRule.FLOOR, Rounding.UNBIASED, seed=seed, rows=rows, hadamard=True)
+    yield "mxfp4 UNBIASED, hadamard", x, dequantize_mxfp4(q), None
 
     fp8 = quantize_fp8(x)
     yield "fp8", x, dequantize_fp8(fp8), None

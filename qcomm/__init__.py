@@ -15,13 +15,19 @@ from qcomm.errors import (
 )
 from qcomm.formats import Rounding, ScaleLayout, ScaleRule, WireFormat, WirePrecision
 from qcomm.handle import DispatchHandle, Received
-from qcomm.tensors import FP8Tensor, MXFP4Tensor
+from qcomm.ops.dequantize import dequantize
+from qcomm.ops.fp8_transpose import fp8_transpose
+from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8
+from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise
+from qcomm.ops.quantize_mxfp4 import quantize_mxfp4
+from qcomm.tensors import FP8ColumnwiseTensor, FP8Tensor, MXFP4Tensor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Buffer",
     "DispatchHandle",
+    "FP8ColumnwiseTensor",
     "FP8Tensor",
     "MXFP4Tensor",
     "QcommConfigError",
@@ -37,4 +43,9 @@ __all__ = [
     "ScaleRule",
     "WireFormat",
     "WirePrecision",
+    "dequantize",
+    "fp8_transpose",
+    "mxfp4_to_fp8",
+    "mxfp4_to_fp8_columnwise",
+    "quantize_mxfp4",
 ]

@@ -15,6 +15,7 @@ from qcomm.config import BufferConfig, Member, agree
 from qcomm.errors import QcommError
 from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import (
+    FLOAT_SCALE_LAYOUTS,
     FP8_GROUP_SIZE,
     RECV_DTYPES,
     RECV_LAYOUTS,
@@ -447,6 +448,7 @@ def _check_options(options: DispatchOptions) -> None:
     validate.positive("alignment", options.alignment)
     if not isinstance(options.sf_layout, ScaleLayout):
         raise TypeError(f"sf_layout must be a ScaleLayout, got {type(options.sf_layout).__name__}")
+    validate.one_of("sf_layout", options.sf_layout, FLOAT_SCALE_LAYOUTS)
     if options.capacity is not None:
         if not options.static:
             raise ValueError(f"num_max_recv_tokens must be None unless static=True, got {options.capacity}")

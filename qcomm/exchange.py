@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from qcomm import reference
+from qcomm import reference, reference_columnwise
 from qcomm.formats import (
     RecvDtype,
     RecvLayout,
@@ -315,10 +315,10 @@ def lay_out(
         assert group_offsets is not None
         offsets = [int(offset) for offset in group_offsets]
         if isinstance(held, MXFP4Tensor):
-            x_columnwise, sf_columnwise, overflows[1] = reference.mxfp4_to_fp8_columnwise(held, offsets)
+            x_columnwise, sf_columnwise, overflows[1] = reference_columnwise.mxfp4_to_fp8_columnwise(held, offsets)
         else:
             values = reference.dequantize_fp8(held) if isinstance(held, FP8Tensor) else held
-            x_columnwise, sf_columnwise = reference.quantize_fp8_columnwise(values, offsets)
+            x_columnwise, sf_columnwise = reference_columnwise.quantize_fp8_columnwise(values, offsets)
     return Payload(x, sf, x_columnwise, sf_columnwise, torch.stack(overflows))
 
 

@@ -1,7 +1,7 @@
 """Format constants and frozen descriptors: the one place where the numbers of the formats live.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for E2M1, E8M0 and the FLOOR rule; arXiv 2603.02731 for the
-FP4 to FP8 exponent alignment; arXiv 2505.14669 for the rotation and for stochastic rounding.
+FP4 to FP8 exponent alignment; arXiv 2505.14669 (Quartet) for the rotation, stochastic rounding, QUEST and UNBIASED.
 """
 
 from __future__ import annotations
@@ -36,15 +36,24 @@ EXACT_DISTANCE = 14
 BF16_NAN = 0x7FFF
 """The NaN that conversions to BF16 write (what the hardware conversion writes)."""
 
+QUEST_FACTOR = 2.92247856 / 6.0
+"""QUEST's scale over the standard deviation: a Gaussian's clipping point of least error, over the largest code."""
+QUEST_MAX_BELOW_FLOOR = 2
+"""QUEST's scale byte lies at most this far below FLOOR's; a block that deviates less takes FLOOR's."""
+UNBIASED_FACTOR = 0.75
+"""What UNBIASED rounding multiplies by, so that 8, the bound of FLOOR's scaled maximum, becomes 6."""
+
 
 class ScaleRule(enum.Enum):
-    """How a block maximum m * 2^E, 1 <= m < 2, picks the scale 2^(E - 2 + bump).
+    """How a block picks its scale.
 
-    Each member holds (threshold, inclusive): bump is 1 where m > threshold, or m >= threshold if inclusive.
+    By its maximum m * 2^E, 1 <= m < 2: the scale is 2^(E - 2 + bump), and each member holds (threshold,
+    inclusive), bump being 1 where m > threshold, or m >= threshold if inclusive. FLOOR never bumps (OCP MX v1.0).
+    EVEN bumps at m >= 1.75, where the maximum would round up to the next binade. NEAR_MSE bumps at m >= 1.8125. RCEIL
+    bumps at m > 1.5, so that nothing saturates. CEIL bumps at m > 1, the next power of two.
 
-    FLOOR never bumps (OCP MX v1.0). EVEN bumps at m >= 1.75, where the maximum would round up to the next
-    binade. NEAR_MSE bumps at m >= 1.8125. RCEIL bumps at m > 1.5, so that nothing saturates. CEIL bumps
-    at m > 1, the next power of two.
+    By its standard deviation: QUEST (arXiv 2505.14669), 2^floor(log2(QUEST_FACTOR * std)), for rotated blocks.
+    Larger elements are clipped. It is not a wire format's.
     """
 
     FLOOR = (2.0, True)
@@ -52,6 +61,7 @@ class ScaleRule(enum.Enum):
     NEAR_MSE = (1.8125, True)
     RCEIL = (1.5, False)
     CEIL = (1.0, False)
+    QUEST = (2.0, False)
 
     @property
     def threshold(self) -> float:
@@ -65,8 +75,14 @@ class ScaleRule(enum.Enum):
 
     @property
     def addend(self) -> int:
-        """Integer R for which `(float32_bits + R) >> 23` is the biased exponent plus bump."""
+        """Integer R for which `(float32_bits + R) >> 23` is the biased exponent plus bump; FLOOR's for QUEST."""
+        if self is ScaleRule.QUEST:
+            return ScaleRule.FLOOR.addend
         return round((2.0 - self.threshold) * 2**23) - (0 if self.inclusive else 1)
+
+
+MAXIMUM_RULES = (ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.NEAR_MSE, ScaleRule.RCEIL, ScaleRule.CEIL)
+"""The rules that go by the block's maximum."""
 
 
 class Rounding(enum.Enum):
@@ -76,6 +92,12 @@ class Rounding(enum.Enum):
     """Nearest, ties to the even code, saturating at 6."""
     STOCHASTIC = 1
     """Up with a probability equal to the position between the two neighbours (16 random bits)."""
+    UNBIASED = 2
+    """STOCHASTIC over FLOOR's scale of 3/4 of the values, so that nothing saturates; decoding multiplies by 4/3."""
+
+
+WIRE_ROUNDINGS = (Rounding.NEAREST, Rounding.STOCHASTIC)
+"""The roundings that a wire format may have."""
 
 
 class ScaleLayout(enum.Enum):
@@ -85,8 +107,13 @@ class ScaleLayout(enum.Enum):
     """float32 `[rows, K // 128]`, contiguous."""
     COLUMN_MAJOR = "column_major"
     """float32 `[rows, K // 128]` with strides (1, rows padded to a multiple of 4)."""
+    PACKED_UE8M0 = "packed_ue8m0"
+    """int32 `[rows, ceil(K / 512)]` with strides (1, rows padded to a multiple of 4): byte j of word w, from the low
+    end, is the exponent byte (value 2^(b - 127)) of group 4 w + j; bytes past the last group are 0."""
 
 
+FLOAT_SCALE_LAYOUTS = (ScaleLayout.ROW_MAJOR, ScaleLayout.COLUMN_MAJOR)
+"""The storages of float32 scales, which an exchange delivers."""
 COLUMN_MAJOR_ROW_MULTIPLE = 4
 
 WireKind = Literal["bf16", "fp8", "mxfp4"]
@@ -122,6 +149,10 @@ class WireFormat:
             raise ValueError(f"kind must be one of {WIRE_KINDS}, got {self.kind!r}")
         if self.kind != "mxfp4" and (self.hadamard or self.rounding is not Rounding.NEAREST):
             raise ValueError(f"hadamard and stochastic rounding need kind 'mxfp4', got {self.kind!r}")
+        if self.scale_rule not in MAXIMUM_RULES:
+            raise ValueError(f"scale_rule of a wire must be one of {MAXIMUM_RULES}, got {self.scale_rule}")
+        if self.rounding not in WIRE_ROUNDINGS:
+            raise ValueError(f"rounding of a wire must be one of {WIRE_ROUNDINGS}, got {self.rounding}")
 
 
 @dataclasses.dataclass(frozen=True)

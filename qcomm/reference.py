@@ -1,14 +1,15 @@
 """The oracle of the codec: every conversion in plain vectorised PyTorch, on any device.
 
 Slow and obvious on purpose. Arithmetic is float64, in which every product and comparison below is exact, or
-integer; the two exceptions, the Hadamard rotation and dequantization of FP8, are float32 with a stated order of
-operations. The CUDA kernels must give the same bits.
+integer; the exceptions, the Hadamard rotation, QUEST's deviation, the factor 4/3 and dequantization of FP8, are float32
+with a stated order of operations. The CUDA kernels must give the same bits.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import TypeVar
 
 import torch
 
@@ -27,6 +28,9 @@ from qcomm.formats import (
     EXACT_DISTANCE,
     FP8_GROUP_SIZE,
     FP8_MIN_SCALE_EXPONENT,
+    QUEST_FACTOR,
+    QUEST_MAX_BELOW_FLOOR,
+    UNBIASED_FACTOR,
     Rounding,
     ScaleRule,
 )
@@ -37,16 +41,18 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
 
+Word = TypeVar("Word", int, torch.Tensor)
 
-def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+
+def philox4x32(counter: tuple[Word, ...], key: tuple[int, int]) -> tuple[Word, ...]:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
     Args:
-        counter: four int64 tensors of one shape, each holding 32-bit words.
+        counter: four 32-bit words: ints, or int64 tensors of one shape.
         key: two 32-bit words.
 
     Returns:
-        Four int64 tensors of 32-bit words.
+        Four 32-bit words of the same kind.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -111,6 +117,18 @@ def hadamard32(x: torch.Tensor) -> torch.Tensor:
     return (y * torch.tensor(BLOCK_SIZE**-0.5, dtype=torch.float32, device=x.device)).flatten(-2)
 
 
+def hadamard_signs(seed: int) -> int:
+    """Return the signs of a rotation: a 32-bit mask, word 0 of Philox4x32-10 at counter (0, 0, 0, 1)."""
+    return philox4x32((0, 0, 0, 1), (seed & _MASK32, seed >> 32 & _MASK32))[0]
+
+
+def flip_signs(x: torch.Tensor, signs: int) -> torch.Tensor:
+    """Negate the elements of each 32-block whose bits are set in the mask."""
+    flip = torch.tensor([signs >> i & 1 for i in range(BLOCK_SIZE)], dtype=torch.bool, device=x.device)
+    blocks = x.unflatten(-1, (-1, BLOCK_SIZE))
+    return torch.where(flip, -blocks, blocks).flatten(-2)
+
+
 def quantize_mxfp4(
     x: torch.Tensor | FP8Tensor,
     scale_rule: ScaleRule = ScaleRule.EVEN,
@@ -120,58 +138,104 @@ def quantize_mxfp4(
     subsequence: int | torch.Tensor = 0,
     rows: torch.Tensor | None = None,
     hadamard: bool = False,
+    signs: int = 0,
 ) -> MXFP4Tensor:
     """Quantize to MXFP4.
 
     Args:
         x: `[..., K]` bfloat16, float16 or float32, or an FP8Tensor, whose exact products data * sf are
             quantized, rounded once. K is a multiple of 32.
-        scale_rule: how the block maximum picks the scale.
-        rounding: element rounding.
+        scale_rule: how a block picks the scale; QUEST wants a rotation and NEAREST.
+        rounding: element rounding; UNBIASED wants FLOOR.
         seed: of the random bits of stochastic rounding (`random_bits16`).
         subsequence: keeps independent users of one seed apart.
         rows: row numbers for the random bits; None is 0, 1, 2, ...
         hadamard: rotate each block first (in float32).
+        signs: 32-bit mask of the elements of a block to negate before the rotation.
 
     Returns:
         The tensor. A block that holds a NaN or an Inf gets scale byte 255 and codes 0; an all-zero block gets
         scale byte 0 and keeps the signs of its zeros.
 
     Raises:
-        ValueError: K is not a multiple of 32.
+        ValueError: K is not a multiple of 32, or options that do not go together.
         TypeError: another dtype.
+    """
+    return quantize_mxfp4_clip_mask(
+        x, scale_rule, rounding, seed=seed, subsequence=subsequence, rows=rows, hadamard=hadamard, signs=signs
+    )[0]
+
+
+def quantize_mxfp4_clip_mask(
+    x: torch.Tensor | FP8Tensor,
+    scale_rule: ScaleRule = ScaleRule.EVEN,
+    rounding: Rounding = Rounding.NEAREST,
+    *,
+    seed: int = 0,
+    subsequence: int | torch.Tensor = 0,
+    rows: torch.Tensor | None = None,
+    hadamard: bool = False,
+    signs: int = 0,
+) -> tuple[MXFP4Tensor, torch.Tensor]:
+    """Quantize as `quantize_mxfp4` does; also return which (rotated) elements lie at 6 scales or beyond, `[..., K]`.
+
+    The complement of the mask of arXiv 2505.14669. False throughout a block with a NaN or an Inf.
     """
     if x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"x.shape[-1] must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
-    values = _exact_values(x)
+    check_quantizer(scale_rule, rounding, hadamard)
+    values = exact_values(x)
     if hadamard:
-        values = hadamard32(values.to(torch.float32)).to(torch.float64)
+        values = hadamard32(flip_signs(values.to(torch.float32), signs)).to(torch.float64)
     blocks = values.unflatten(-1, (-1, BLOCK_SIZE))
     finite = torch.isfinite(blocks).all(-1)
     blocks = torch.where(finite[..., None], blocks, 0.0)
     amax = blocks.abs().amax(-1)
-    mantissa, exponent = _mantissa_exponent(amax)
-    bump = mantissa >= scale_rule.threshold if scale_rule.inclusive else mantissa > scale_rule.threshold
-    sf = (exponent - E2M1_MAX_EXPONENT + bump.to(torch.int64) + E8M0_BIAS).clamp(0, E8M0_MAX)
+    if scale_rule is ScaleRule.QUEST:
+        sf = _quest_scale(blocks, amax)
+    else:
+        mantissa, exponent = mantissa_exponent(amax)
+        bump = mantissa >= scale_rule.threshold if scale_rule.inclusive else mantissa > scale_rule.threshold
+        sf = _clamp_scale(exponent - E2M1_MAX_EXPONENT + bump.to(torch.int64) + E8M0_BIAS)
     sf = torch.where(amax == 0, 0, sf)
-    scaled = blocks.abs() * _pow2(E8M0_BIAS - sf)[..., None]
+    scaled = blocks.abs() * pow2(E8M0_BIAS - sf)[..., None]
+    clipped = (scaled >= E2M1_MAGNITUDES[-1]).flatten(-2)
     if rounding is Rounding.NEAREST:
         codes = _round_e2m1(scaled)
     else:
         flat_rows = math.prod(values.shape[:-1])
         index = torch.arange(flat_rows, device=x.device) if rows is None else rows.to(torch.int64)
         bits = random_bits16(index, x.shape[-1], seed, subsequence)
+        if rounding is Rounding.UNBIASED:
+            scaled = scaled * UNBIASED_FACTOR
         codes = _round_e2m1_stochastic(scaled, bits.view(scaled.shape))
     codes = torch.where(finite[..., None], codes | torch.signbit(blocks).to(torch.int64) << 3, 0).flatten(-2)
     sf = torch.where(finite, sf, E8M0_NAN)
     qdata = codes[..., 0::2] | codes[..., 1::2] << 4
-    return MXFP4Tensor(qdata.to(torch.uint8), sf.to(torch.uint8), hadamard)
+    q = MXFP4Tensor(
+        qdata.to(torch.uint8), sf.to(torch.uint8), hadamard, signs if hadamard else 0, rounding is Rounding.UNBIASED
+    )
+    return q, clipped
+
+
+def check_quantizer(scale_rule: ScaleRule, rounding: Rounding, hadamard: bool) -> None:
+    """Require options that go together.
+
+    Raises:
+        ValueError: QUEST without a rotation or with another rounding than NEAREST, UNBIASED without FLOOR.
+    """
+    if scale_rule is ScaleRule.QUEST and not (hadamard and rounding is Rounding.NEAREST):
+        raise ValueError(
+            f"scale_rule QUEST needs hadamard=True and NEAREST, got hadamard={hadamard} and {rounding.name}"
+        )
+    if rounding is Rounding.UNBIASED and scale_rule is not ScaleRule.FLOOR:
+        raise ValueError(f"rounding UNBIASED needs scale_rule FLOOR, got {scale_rule.name}")
 
 
 def dequantize_mxfp4(x: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Decode to float32 or bfloat16, rotated back if the tensor was rotated.
+    """Decode to float32 or bfloat16: rotated back if the tensor was rotated, times 4/3 if it was prescaled.
 
-    Unrotated values are exact, but for magnitudes past the float range, which become infinite. A block with
+    Other values are exact, but for magnitudes past the float range, which become infinite. A block with
     scale byte 255 decodes to NaN.
 
     Returns:
@@ -179,11 +243,13 @@ def dequantize_mxfp4(x: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torc
     """
     magnitudes, negative = _decode_codes(x.qdata)
     sf = x.sf.to(torch.int64)
-    exact = magnitudes.unflatten(-1, (-1, BLOCK_SIZE)) * _pow2(sf - E8M0_BIAS)[..., None]
+    exact = magnitudes.unflatten(-1, (-1, BLOCK_SIZE)) * pow2(sf - E8M0_BIAS)[..., None]
     exact = torch.where((sf == E8M0_NAN)[..., None], torch.nan, exact).flatten(-2)
     values = torch.where(negative, -exact, exact).to(torch.float32)
     if x.hadamard:
-        values = hadamard32(values)
+        values = flip_signs(hadamard32(values), x.hadamard_signs)
+    if x.prescaled:
+        values = values * torch.tensor(1 / UNBIASED_FACTOR, dtype=torch.float32, device=x.device)
     return to_dtype(values, dtype)
 
 
@@ -201,7 +267,7 @@ def quantize_fp8(x: torch.Tensor) -> FP8Tensor:
     """
     if x.shape[-1] % FP8_GROUP_SIZE:
         raise ValueError(f"x.shape[-1] must be a multiple of {FP8_GROUP_SIZE}, got {x.shape[-1]}")
-    data, sf = _quantize_fp8_groups(_exact_values(x).unflatten(-1, (-1, FP8_GROUP_SIZE)))
+    data, sf = quantize_fp8_groups(exact_values(x).unflatten(-1, (-1, FP8_GROUP_SIZE)))
     return FP8Tensor(data.flatten(-2), sf)
 
 
@@ -220,7 +286,7 @@ def mxfp4_to_fp8(x: MXFP4Tensor) -> tuple[FP8Tensor, torch.Tensor]:
 
     Of the four blocks under one scale the largest non-zero one maps to 2^6 and the others are shifted down by
     their exponent distance: exact up to distance 14, beyond that rounded to nearest even into subnormals. The scale
-    stays a normal float32. Blocks with scale byte 255 become NaN. A rotated tensor is decoded, rotated back and
+    stays a normal float32. Blocks with scale byte 255 become NaN. A rotated or prescaled tensor is decoded and
     quantized like any float32 tensor.
 
     Args:
@@ -234,64 +300,13 @@ def mxfp4_to_fp8(x: MXFP4Tensor) -> tuple[FP8Tensor, torch.Tensor]:
     """
     if x.shape[-1] % FP8_GROUP_SIZE:
         raise ValueError(f"x.shape[-1] must be a multiple of {FP8_GROUP_SIZE}, got {x.shape[-1]}")
-    if x.hadamard:
+    if not x.is_plain:
         return quantize_fp8(dequantize_mxfp4(x)), torch.zeros((), dtype=torch.int64, device=x.device)
     per_group = FP8_GROUP_SIZE // BLOCK_SIZE
     sf = x.sf.to(torch.int64).unflatten(-1, (-1, per_group))
-    top = torch.where(_counts_for_alignment(x).unflatten(-1, (-1, per_group)), sf, 0).amax(-1)
-    data, scale, overflows = _align(x, top.repeat_interleave(per_group, dim=-1))
+    top = torch.where(counts_for_alignment(x).unflatten(-1, (-1, per_group)), sf, 0).amax(-1)
+    data, scale, overflows = align(x, top.repeat_interleave(per_group, dim=-1))
     return FP8Tensor(data, scale[..., ::per_group].contiguous()), overflows
-
-
-def mxfp4_to_fp8_columnwise(
-    x: MXFP4Tensor, group_offsets: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Convert to transposed E4M3 blocks, one per group of rows, with 128x1 scales, by exponent alignment.
-
-    The alignment of `mxfp4_to_fp8`, with the 128 blocks of one column of blocks in a 128-row tile under one scale.
-    A rotated tensor is decoded, rotated back and quantized like any float32 tensor.
-
-    Args:
-        x: `[rows, K]`, K a multiple of 32.
-        group_offsets: start of each group and the end of the last; multiples of 128, the last at most rows.
-
-    Returns:
-        `[group_offsets[-1] * K]` float8_e4m3fn: the groups' `[K, rows_e]` blocks one after the other;
-        `[group_offsets[-1] // 128, K]` float32 scales; the int64 number of blocks at a distance above 14.
-
-    Raises:
-        ValueError: offsets that do not start at 0, that decrease, or that are not multiples of 128.
-    """
-    _check_group_offsets(group_offsets, x.shape[0])
-    total = group_offsets[-1]
-    x = MXFP4Tensor(x.qdata[:total], x.sf[:total], x.hadamard)
-    if x.hadamard:
-        return (
-            *quantize_fp8_columnwise(dequantize_mxfp4(x), group_offsets),
-            torch.zeros_like(x.sf, dtype=torch.int64).sum(),
-        )
-    tiles = (-1, FP8_GROUP_SIZE)
-    sf = x.sf.to(torch.int64).unflatten(0, tiles)
-    top = torch.where(_counts_for_alignment(x).unflatten(0, tiles), sf, 0).amax(1)
-    data, scale, overflows = _align(x, top.repeat_interleave(FP8_GROUP_SIZE, dim=0))
-    scale = scale[::FP8_GROUP_SIZE].repeat_interleave(BLOCK_SIZE, dim=-1)
-    return _transpose_groups(data, group_offsets), scale, overflows
-
-
-def quantize_fp8_columnwise(x: torch.Tensor, group_offsets: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to transposed E4M3 blocks with 128x1 scales, by the rule of `quantize_fp8`.
-
-    Args:
-        x: `[rows, K]` bfloat16, float16 or float32.
-        group_offsets: as for `mxfp4_to_fp8_columnwise`.
-
-    Returns:
-        Data and scales as `mxfp4_to_fp8_columnwise` returns them.
-    """
-    _check_group_offsets(group_offsets, x.shape[0])
-    tiles = _exact_values(x[: group_offsets[-1]]).unflatten(0, (-1, FP8_GROUP_SIZE)).transpose(1, 2)
-    data, sf = _quantize_fp8_groups(tiles)
-    return _transpose_groups(data.transpose(1, 2).flatten(0, 1), group_offsets), sf
 
 
 def to_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -304,7 +319,8 @@ def to_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(torch.isnan(values), BF16_NAN, bits).to(torch.int16).view(torch.bfloat16)
 
 
-def _exact_values(x: torch.Tensor | FP8Tensor) -> torch.Tensor:
+def exact_values(x: torch.Tensor | FP8Tensor) -> torch.Tensor:
+    """Return the values as float64, exact."""
     if isinstance(x, FP8Tensor):
         groups = x.data.to(torch.float64).unflatten(-1, (-1, FP8_GROUP_SIZE))
         return (groups * x.sf.to(torch.float64)[..., None]).flatten(-2)
@@ -313,15 +329,41 @@ def _exact_values(x: torch.Tensor | FP8Tensor) -> torch.Tensor:
     return x.to(torch.float64)
 
 
-def _pow2(exponent: torch.Tensor) -> torch.Tensor:
+def pow2(exponent: torch.Tensor) -> torch.Tensor:
     """Return 2**exponent as float64, exact; torch's own exp2 and ldexp don't promise that."""
     return (exponent.to(torch.int64) + 1023 << 52).view(torch.float64)
 
 
-def _mantissa_exponent(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mantissa_exponent(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split positive float64 into a mantissa in [1, 2) and an exponent; 0 gives (0, -1)."""
     mantissa, exponent = torch.frexp(amax)
     return mantissa * 2, exponent.to(torch.int64) - 1
+
+
+def _clamp_scale(sf: torch.Tensor) -> torch.Tensor:
+    return sf.clamp(0, E8M0_MAX)
+
+
+def _quest_scale(blocks: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """Return QUEST's scale byte, int64: float32 sums over neighbours, pairs of neighbours, and so on.
+
+    Values are divided by the maximum's binade first, so that no square overflows. std is that of the population:
+    its square times QUEST_FACTOR squared has twice the exponent that is looked for.
+    """
+    _, exponent = mantissa_exponent(amax)
+    exponent = exponent.clamp(min=-126)
+    x = (blocks * pow2(-exponent)[..., None]).to(torch.float32)
+    total, squares = x, x * x
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+        squares = squares[..., 0::2] + squares[..., 1::2]
+    mean, mean_square = total[..., 0] / BLOCK_SIZE, squares[..., 0] / BLOCK_SIZE
+    variance = mean_square - mean * mean
+    scaled = variance * torch.tensor(QUEST_FACTOR**2, dtype=torch.float32, device=blocks.device)
+    quest = exponent + E8M0_BIAS + ((scaled.view(torch.int32).to(torch.int64) >> 23) - 127 >> 1)
+    floor = _clamp_scale(exponent - E2M1_MAX_EXPONENT + E8M0_BIAS)
+    too_low = (variance <= 0) | (quest < floor - QUEST_MAX_BELOW_FLOOR)
+    return torch.where(too_low, floor, _clamp_scale(quest))
 
 
 def _round_e2m1(scaled: torch.Tensor) -> torch.Tensor:
@@ -345,52 +387,35 @@ def _decode_codes(qdata: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return table[codes & 7], codes >= 8
 
 
-def _counts_for_alignment(x: MXFP4Tensor) -> torch.Tensor:
+def counts_for_alignment(x: MXFP4Tensor) -> torch.Tensor:
     """Blocks that take part in an alignment: neither all zero nor NaN; `[..., K // 32]` bool."""
     nonzero = ((x.qdata & 0x77) != 0).unflatten(-1, (-1, BLOCK_SIZE // 2)).any(-1)
     return nonzero & (x.sf != E8M0_NAN)
 
 
-def _align(x: MXFP4Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def align(x: MXFP4Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shift each block by its distance to `top`, the largest scale byte of its group, `[..., K // 32]` int64."""
     lowest = FP8_MIN_SCALE_EXPONENT + ALIGN_EXPONENT + E8M0_BIAS
     top = top.clamp(min=lowest)
     distance = (top - x.sf.to(torch.int64)).clamp(min=0)
     magnitudes, negative = _decode_codes(x.qdata)
-    aligned = magnitudes.unflatten(-1, (-1, BLOCK_SIZE)) * _pow2(ALIGN_EXPONENT - distance)[..., None]
+    aligned = magnitudes.unflatten(-1, (-1, BLOCK_SIZE)) * pow2(ALIGN_EXPONENT - distance)[..., None]
     aligned = torch.where(negative, -aligned.flatten(-2), aligned.flatten(-2))
     data = aligned.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
     is_nan = (x.sf == E8M0_NAN).repeat_interleave(BLOCK_SIZE, dim=-1)
     data = torch.where(is_nan, E4M3_NAN, data).to(torch.uint8).view(torch.float8_e4m3fn)
-    scale = _pow2(top - E8M0_BIAS - ALIGN_EXPONENT).to(torch.float32)
-    overflows = ((distance > EXACT_DISTANCE) & _counts_for_alignment(x)).sum()
+    scale = pow2(top - E8M0_BIAS - ALIGN_EXPONENT).to(torch.float32)
+    overflows = ((distance > EXACT_DISTANCE) & counts_for_alignment(x)).sum()
     return data, scale, overflows
 
 
-def _quantize_fp8_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize float64 `[..., 128]` groups; returns float8_e4m3fn of the same shape and float32 `[...]`."""
     finite = torch.isfinite(groups).all(-1)
     amax = torch.where(finite, groups.abs().amax(-1), 0.0)
-    mantissa, exponent = _mantissa_exponent(amax)
+    mantissa, exponent = mantissa_exponent(amax)
     exponent = exponent - E4M3_MAX_EXPONENT + (mantissa > E4M3_MAX / 2**E4M3_MAX_EXPONENT).to(torch.int64)
     exponent = torch.where(amax == 0, FP8_MIN_SCALE_EXPONENT, exponent.clamp(min=FP8_MIN_SCALE_EXPONENT))
-    data = (groups * _pow2(-exponent)[..., None]).to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
+    data = (groups * pow2(-exponent)[..., None]).to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
     data = torch.where(finite[..., None], data, E4M3_NAN).to(torch.uint8).view(torch.float8_e4m3fn)
-    return data, _pow2(exponent).to(torch.float32)
-
-
-def _transpose_groups(data: torch.Tensor, group_offsets: list[int]) -> torch.Tensor:
-    data = data.view(torch.uint8)
-    blocks = [data[a:b].t().reshape(-1) for a, b in itertools.pairwise(group_offsets)]
-    flat = torch.cat(blocks) if blocks else data.new_empty(0)
-    return flat.view(torch.float8_e4m3fn)
-
-
-def _check_group_offsets(group_offsets: list[int], num_rows: int) -> None:
-    steps = itertools.pairwise(group_offsets)
-    ok = group_offsets and group_offsets[0] == 0 and group_offsets[-1] <= num_rows
-    if not ok or any(b < a or b % FP8_GROUP_SIZE for a, b in steps):
-        raise ValueError(
-            f"group_offsets must rise from 0 to at most {num_rows} in multiples of {FP8_GROUP_SIZE}, "
-            f"got {group_offsets}"
-        )
+    return data, pow2(exponent).to(torch.float32)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm import reference
+from qcomm import reference, reference_columnwise
 from qcomm.formats import RecvDtype, RecvLayout, WireFormat
 from qcomm.records import align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
@@ -171,10 +171,12 @@ def dispatch(
         if columnwise:
             assert rows.group_offsets is not None
             if isinstance(held, MXFP4Tensor):
-                x_columnwise, sf_columnwise, n = reference.mxfp4_to_fp8_columnwise(held, rows.group_offsets)
+                x_columnwise, sf_columnwise, n = reference_columnwise.mxfp4_to_fp8_columnwise(held, rows.group_offsets)
                 overflows_columnwise = int(n)
             else:
-                x_columnwise, sf_columnwise = reference.quantize_fp8_columnwise(_values(held), rows.group_offsets)
+                x_columnwise, sf_columnwise = reference_columnwise.quantize_fp8_columnwise(
+                    _values(held), rows.group_offsets
+                )
         by_token = recv_layout == "token_major"
         shape = (len(rows.topk_of_token), topk_idxs[0].shape[1])
         topk = [entry for entries in rows.topk_of_token.values() for entry in entries]

@@ -28,12 +28,23 @@ def multiple(name: str, value: int, of: int) -> None:
         raise ValueError(f"{name} must be a multiple of {of}, got {value}")
 
 
-def seed(value: object) -> None:
+def seed(value: object, name: str = "seed") -> None:
     """Require a seed of random bits: an int of at most 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"seed must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not 0 <= value < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {value}")
+        raise ValueError(f"{name} must be in [0, 2**64), got {value}")
+
+
+def signed64(value: int) -> int:
+    """Return the int64 of the same 64 bits, as operators of torch take it."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    """Require an instance of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 def boolean(name: str, value: object) -> None:
@@ -89,6 +100,8 @@ def tokens(x: object, *, num_tokens: int | None, hidden: int, wire: WireFormat, 
     if isinstance(x, FP8Tensor):
         if wire.kind == "bf16":
             raise ValueError("x must be bfloat16 on the bf16 wire, got FP8Tensor")
+        if x.is_packed:
+            raise TypeError(f"x.sf must be torch.float32, got {x.sf.dtype}")
         tensor("x.data", x.data, shape=(num_tokens, hidden), dtypes=(torch.float8_e4m3fn,), device=device)
         return x.shape[0]
     if isinstance(x, MXFP4Tensor):
@@ -98,6 +111,10 @@ def tokens(x: object, *, num_tokens: int | None, hidden: int, wire: WireFormat, 
             )
         if x.hadamard != wire.hadamard:
             raise ValueError(f"x.hadamard must be {wire.hadamard} as on the wire, got {x.hadamard}")
+        if x.hadamard_signs or x.prescaled:
+            raise ValueError(
+                f"x must have hadamard_signs 0 and not be prescaled, got {x.hadamard_signs:#x} and {x.prescaled}"
+            )
         tensor("x.qdata", x.qdata, shape=(num_tokens, hidden // 2), dtypes=(torch.uint8,), device=device)
         tensor("x.sf", x.sf, shape=(num_tokens, hidden // 32), dtypes=(torch.uint8,), device=device)
         return x.shape[0]

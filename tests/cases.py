@@ -12,7 +12,7 @@ from bit_patterns import equal_bits
 from ranks import device_of
 
 from qcomm import Buffer, DispatchHandle, Received, WireFormat, WirePrecision, reference, reference_exchange
-from qcomm.formats import RecvDtype, RecvLayout, Rounding, ScaleLayout, ScaleRule
+from qcomm.formats import MAXIMUM_RULES, RecvDtype, RecvLayout, Rounding, ScaleLayout, ScaleRule
 from qcomm.reference_exchange import ExpectedReceived, ExpectedRows, Tokens
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
@@ -22,7 +22,7 @@ MXFP4 = WireFormat("mxfp4")
 ROTATED = WireFormat("mxfp4", hadamard=True)
 STOCHASTIC = WireFormat("mxfp4", ScaleRule.RCEIL, Rounding.STOCHASTIC)
 ROTATED_STOCHASTIC = WireFormat("mxfp4", ScaleRule.RCEIL, Rounding.STOCHASTIC, hadamard=True)
-RULES = tuple(WireFormat("mxfp4", rule) for rule in ScaleRule)
+RULES = tuple(WireFormat("mxfp4", rule) for rule in MAXIMUM_RULES)
 WIRES = (BF16, FP8, *RULES, ROTATED, STOCHASTIC, ROTATED_STOCHASTIC)
 
 XKind = Literal["bf16", "bits", "fp8", "fp8_float", "fp8_columns", "mxfp4"]

@@ -12,7 +12,7 @@ from bit_patterns import equal_bits
 from cases import BF16, FP8, MXFP4, ROTATED_STOCHASTIC, STOCHASTIC, WIRES, Case, XKind, grid
 from ranks import Target, targets
 
-from qcomm.formats import RECV_DTYPES, RECV_LAYOUTS, ScaleLayout, WireFormat
+from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_DTYPES, RECV_LAYOUTS, WireFormat
 
 KIND_WIRES = (BF16, FP8, MXFP4)
 BY_EXPERT = ("expert_major", "batched")
@@ -140,7 +140,7 @@ def _random_cases(count: int, seed: int) -> list[Case]:
                 recv_dtype=dtype,
                 alignment=alignment,
                 columnwise=wide and draw.random() < 0.7,
-                sf_layout=draw.choice(list(ScaleLayout)),
+                sf_layout=draw.choice(list(FLOAT_SCALE_LAYOUTS)),
                 static=draw.random() < 0.4,
                 counts=draw.choice(("uneven", "uneven", "empty", "one", "zero")),
                 routes=draw.choice(("random", "some", "some", "none", "one", "half", "same_rank")),

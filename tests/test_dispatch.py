@@ -14,11 +14,11 @@ from cases import BF16, FP8, MXFP4, ROTATED, ROTATED_STOCHASTIC, STOCHASTIC, WIR
 from ranks import Target, targets
 
 from qcomm import Buffer, QcommOverflowError, Received
-from qcomm.formats import RECV_DTYPES, RECV_LAYOUTS, ScaleLayout, WireFormat
+from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_DTYPES, RECV_LAYOUTS, ScaleLayout, WireFormat
 from qcomm.reference_exchange import Tokens
 
 KIND_WIRES = (BF16, FP8, MXFP4)
-SF_LAYOUTS = tuple(ScaleLayout)
+SF_LAYOUTS = FLOAT_SCALE_LAYOUTS
 
 
 def _bits(recv: Received) -> list[torch.Tensor | None]:

@@ -21,7 +21,7 @@ import torch
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, validate
 from qcomm.exchange import DispatchOptions, WireInput
-from qcomm.formats import RECV_DTYPES, WIRE_KINDS, ScaleLayout, ScaleRule
+from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
 from qcomm.ops import combine, comm, dispatch, peer_store, route
@@ -34,7 +34,7 @@ SHAPES = ((7168, 8), (128, comm.MAX_TOPK))
 WIRES = [
     WireFormat("bf16"),
     WireFormat("fp8"),
-    *(WireFormat("mxfp4", ScaleRule.RCEIL, r, hadamard=h) for r in Rounding for h in (False, True)),
+    *(WireFormat("mxfp4", ScaleRule.RCEIL, r, hadamard=h) for r in WIRE_ROUNDINGS for h in (False, True)),
 ]
 
 SM_REGISTERS = 65536

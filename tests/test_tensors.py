@@ -68,7 +68,7 @@ def test_mxfp4_tensor_shape_errors(qdata_shape: tuple[int, ...], sf_shape: tuple
     ("data", "sf", "message"),
     [
         (torch.zeros(2, 128), torch.ones(2, 1), r"data must be torch\.float8_e4m3fn, got torch\.float32"),
-        (_e4m3(2, 128), torch.ones(2, 1).bfloat16(), r"sf must be torch\.float32, got torch\.bfloat16"),
+        (_e4m3(2, 128), torch.ones(2, 1).bfloat16(), r"sf must be torch\.float32 or torch\.int32, got torch\.bfloat16"),
     ],
 )
 def test_fp8_tensor_dtype_errors(data: torch.Tensor, sf: torch.Tensor, message: str) -> None:

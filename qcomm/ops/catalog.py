@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from qcomm.formats import RECV_DTYPES, WIRE_KINDS, Rounding, WireFormat
+from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, Rounding, WireFormat
 from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
 from qcomm.ops.comm import barrier_spec, decoding, encoding
@@ -38,7 +38,7 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
 def _wires() -> Iterator[WireFormat]:
     """Yield every wire format but for the scale rule, which is a parameter of the kernels."""
     for kind in WIRE_KINDS:
-        for rounding, hadamard in itertools.product(Rounding, (False, True)):
+        for rounding, hadamard in itertools.product(WIRE_ROUNDINGS, (False, True)):
             if kind == "mxfp4" or (rounding is Rounding.NEAREST and not hadamard):
                 yield WireFormat(kind, rounding=rounding, hadamard=hadamard)
 
