@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(384, 2)
             const int vec = step * 32 + lane;
             float sum[kVec] = {};
             for (uint32_t left = rows; left != 0;) {
-                uint4 low[kRowBatch], high[kRowBatch];
+                uint32_t data[kRowBatch][kVec / 2];
                 float weight[kRowBatch];
                 bool valid[kRowBatch];
 #pragma unroll
@@ -75,17 +75,17 @@ extern "C" __global__ void __launch_bounds__(384, 2)
                     const int row = __shfl_sync(kAllLanes, my_row, j);
                     weight[i] = __shfl_sync(kAllLanes, my_weight, j);
                     if (!valid[i] || vec >= kNumVecs) continue;
-                    const uint4* data =
+                    const uint4* y =
                         reinterpret_cast<const uint4*>(p.y + static_cast<int64_t>(row) * (2 * kHidden)) +
                         2 * vec;
-                    low[i] = load_stream(data);
-                    high[i] = load_stream(data + 1);
+                    unpack(load_stream(y), data[i]);
+                    unpack(load_stream(y + 1), data[i] + 4);
                 }
 #pragma unroll
                 for (int i = 0; i < kRowBatch; ++i) {
                     if (!valid[i] || vec >= kNumVecs) continue;
                     float term[kVec];
-                    decode_bf16(low[i], high[i], term);
+                    decode_bf16(data[i], term);
 #pragma unroll
                     for (int e = 0; e < kVec; ++e) {
                         if (p.record_weights != nullptr) term[e] = __fmul_rn(weight[i], term[e]);
@@ -153,12 +153,9 @@ extern "C" __global__ void __launch_bounds__(256) combine_recv(const __grid_cons
                 }
             }
             if (vec >= kNumVecs) continue;
-            uint4 low, high;
-            encode_bf16(sum, low, high);
-            uint4* out =
-                reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(token) * (2 * kHidden)) + 2 * vec;
-            out[0] = low;
-            out[1] = high;
+            LaneVec out;
+            encode_bf16(sum, out.bf16());
+            write_data<kBf16>(p.out + static_cast<int64_t>(token) * (2 * kHidden), vec, out);
         }
     }
 }

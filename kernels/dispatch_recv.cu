@@ -27,7 +27,7 @@ __device__ __forceinline__ void write_rows(const DispatchRecvParams& p, const ui
 // zeroes its share of the padding rows, then takes records round robin over the sources, which is the order
 // in which they come; it waits for a record's flag, reads the record once, converts it into a stage, and
 // copies the stage to each of its rows.
-extern "C" __global__ void __launch_bounds__(384)
+extern "C" __global__ void __launch_bounds__(384, 2)
     dispatch_recv(const __grid_constant__ DispatchRecvParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     const Comm& comm = p.comm;
@@ -87,12 +87,12 @@ extern "C" __global__ void __launch_bounds__(384)
                 const int vec = (first + i) * 32 + lane;
                 const LaneVec out = convert(parts[i], p.quantizer, record_overflows);
                 if (vec >= kNumVecs) continue;
-                write_data(stage, vec, out);
-                if (kRecv == kRecvFp8 && vec % kLanesPerGroup == 0) {
-                    reinterpret_cast<float*>(stage + kRowBytes)[vec / kLanesPerGroup] = out.scale;
+                write_data<static_cast<WireKind>(kRecv)>(stage, vec, out);
+                if (kRecv == kRecvFp8 && vec % kVecsPerGroup == 0) {
+                    reinterpret_cast<float*>(stage + kRowBytes)[vec / kVecsPerGroup] = out.scale;
                 }
-                if (kRecv == kRecvMxfp4 && vec % kLanesPerBlock == 0) {
-                    stage[kRowBytes + vec / kLanesPerBlock] = static_cast<uint8_t>(out.sf);
+                if (kRecv == kRecvMxfp4 && vec % kVecsPerBlock == 0) {
+                    stage[kRowBytes + vec / kVecsPerBlock] = static_cast<uint8_t>(out.sf);
                 }
             }
         }

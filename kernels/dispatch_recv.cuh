@@ -37,17 +37,16 @@ constexpr int kRowScaleWords =
     kRecv == kRecvBf16 ? 0 : kHidden / 128;  // float32 of fp8, or four bytes of mxfp4
 
 // Converts one lane's part of a record to what the receiver asked for.
-__device__ __forceinline__ LaneVec convert(const LaneVec& w, const Quantizer& quantizer,
-                                           uint32_t& overflows) {
+__device__ __forceinline__ LaneVec convert(LaneVec& w, const Quantizer& quantizer, uint32_t& overflows) {
     if constexpr (static_cast<int>(kWire) == static_cast<int>(kRecv)) {
-        return {w.low, w.high, w.scale, w.sf};
+        return w;
     } else if constexpr (kWire == kMxfp4 && kRecv == kRecvFp8 && !kHadamard) {
-        return lane_vec(mxfp4_to_fp8(codes_of(w), w.sf, overflows));
+        return lane_vec(align_group(w.codes(), w.sf, overflows));
     } else if constexpr (kWire == kBf16 && kRecv == kRecvMxfp4) {
-        return lane_vec(quantize_mxfp4(w.low, w.high, quantizer));
+        return lane_vec(quantize_bf16(w.bf16(), quantizer));
     } else if constexpr (kWire == kFp8 && kRecv == kRecvMxfp4) {
         float v[kVec];
-        decode_e4m3(w.low, v);
+        decode_e4m3(w.data(), v);
         const int offset = scale_to_odd(v, w.scale);
         return lane_vec(quantize_mxfp4<false, true>(v, offset, quantizer, 0));
     } else {
@@ -55,20 +54,8 @@ __device__ __forceinline__ LaneVec convert(const LaneVec& w, const Quantizer& qu
         decode_wire(w, v);
         if constexpr (kRecv == kRecvFp8) return lane_vec(quantize_fp8(v));
         LaneVec out = {};
-        encode_bf16(v, out.low, out.high);
+        encode_bf16(v, out.bf16());
         return out;
-    }
-}
-
-// Writes one lane's part of a row's data, to global or shared memory.
-__device__ __forceinline__ void write_data(uint8_t* row, int vec, const LaneVec& out) {
-    if constexpr (kRecv == kRecvBf16) {
-        reinterpret_cast<uint4*>(row)[2 * vec] = out.low;
-        reinterpret_cast<uint4*>(row)[2 * vec + 1] = out.high;
-    } else if constexpr (kRecv == kRecvFp8) {
-        reinterpret_cast<uint4*>(row)[vec] = out.low;
-    } else {
-        reinterpret_cast<uint2*>(row)[vec] = make_uint2(out.low.x, out.low.y);
     }
 }
 
@@ -81,9 +68,4 @@ __device__ __forceinline__ uint32_t* scale_word(const DispatchRecvParams& p, int
         offset = expert * p.sf_expert_stride + index * p.sf_row_stride + word * p.sf_group_stride;
     }
     return reinterpret_cast<uint32_t*>(p.sf) + offset;
-}
-
-__device__ __forceinline__ void add_overflows(uint64_t* total, uint32_t overflows) {
-    overflows = __reduce_add_sync(kAllLanes, overflows);
-    if (threadIdx.x % 32 == 0 && overflows != 0) atomicAdd(total, static_cast<uint64_t>(overflows));
 }

@@ -8,16 +8,6 @@ constexpr int kRowsPerThread = 4;
 constexpr int kTileStride = kTile + 4;
 constexpr int kStrips = 8;  // pieces of a row of tiles; a block waits for the records of a piece once
 
-// Replaces the bytes of the set bits by NaN codes.
-__device__ __forceinline__ uint4 with_nan_bytes(const uint4& data, uint32_t bits) {
-    uint32_t words[4] = {data.x, data.y, data.z, data.w};
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        if (bits >> i & 1) words[i / 4] = (words[i / 4] & ~(0xffu << (8 * (i % 4)))) | 0x7fu << (8 * (i % 4));
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Any grid, 256 threads. A block takes strips of tiles of 128 rows by 128 columns; groups start at multiples
 // of 128, so a tile belongs to one expert. It waits for the flags of the tile's records and writes the tile
 // as dispatch_recv would, and transposed. Thread t holds 16 columns, from 16 * (t % 8) on, of 4 rows, from 4
@@ -32,8 +22,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     if (timed_out(comm)) return;
     const uint32_t epoch = comm.state->epoch;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int column = threadIdx.x % kLanesPerGroup * kVec,
-              row = threadIdx.x / kLanesPerGroup * kRowsPerThread;
+    const int column = threadIdx.x % kVecsPerGroup * kVec, row = threadIdx.x / kVecsPerGroup * kRowsPerThread;
     const int row_tiles = p.group_offsets[comm.num_local_experts] / kTile;
     constexpr int kColumnTiles = kHidden / kTile;
     constexpr int kStrip = (kColumnTiles + kStrips - 1) / kStrips;
@@ -86,34 +75,38 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
                 const LaneVec out = convert(parts[r], p.quantizer, row_overflows);
-                write_data(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
-                if (vec % kLanesPerGroup == 0) {
-                    *scale_word(p, first_row + row + r, vec / kLanesPerGroup) = __float_as_uint(out.scale);
+                write_data<kFp8>(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
+                if (vec % kVecsPerGroup == 0) {
+                    *scale_word(p, first_row + row + r, vec / kVecsPerGroup) = __float_as_uint(out.scale);
                 }
             }
 
-            uint4 columns[kRowsPerThread];  // E4M3 under the columns' scales: row r, 16 columns
+            uint32_t columns[kRowsPerThread][kVec / 4];  // E4M3 under the columns' scales: row r, 16 columns
             if constexpr (kWire == kMxfp4 && !kHadamard) {
                 uint32_t largest = 0;
                 bool counts[kRowsPerThread];
 #pragma unroll
                 for (int r = 0; r < kRowsPerThread; ++r) {
-                    counts[r] = takes_part(codes_of(parts[r]), parts[r].sf);
+                    const uint32_t nonzero = any_nonzero(parts[r].codes());
+                    counts[r] = max_over_lanes<kVecsPerBlock>(nonzero) != 0 && parts[r].sf != kE8m0Nan;
                     largest = max(largest, counts[r] ? parts[r].sf : 0);
                 }
                 largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 8));
                 largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 16));
-                if (lane < kLanesPerGroup) warp_max[warp][lane] = largest;
+                if (lane < kVecsPerGroup) warp_max[warp][lane] = largest;
                 __syncthreads();
 #pragma unroll
                 for (int w = 0; w < kThreads / 32; ++w)
-                    largest = max(largest, warp_max[w][lane % kLanesPerGroup]);
+                    largest = max(largest, warp_max[w][lane % kVecsPerGroup]);
                 const uint32_t top = alignment_top(largest);
 #pragma unroll
                 for (int r = 0; r < kRowsPerThread; ++r) {
-                    columns[r] = align_codes(codes_of(parts[r]), parts[r].sf, top);
-                    const bool inexact = counts[r] && static_cast<int>(top - parts[r].sf) > kExactDistance;
-                    if (inexact && lane % kLanesPerBlock == 0) ++column_overflows;
+                    const uint32_t place = align_place(parts[r].sf, top);
+                    AlignEntry entry = near_entry(place);
+                    if (!is_near(place, any_nonzero(parts[r].codes()))) entry = kAlignTable[place];
+                    align_codes(entry, parts[r].codes(), columns[r]);
+                    const bool inexact = counts[r] && top - parts[r].sf > kExactDistance;
+                    if (inexact && lane % kVecsPerBlock == 0) ++column_overflows;
                 }
                 if (row == 0) {
                     const float scale = alignment_scale(top);
@@ -138,19 +131,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                 for (int c = 0; c < kVec; ++c) {
                     amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 8));
                     amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 16));
-                    if (lane < kLanesPerGroup) warp_max[warp][column + c] = amax[c];
+                    if (lane < kVecsPerGroup) warp_max[warp][column + c] = amax[c];
                 }
                 __syncthreads();
                 float factors[kVec];
-                uint32_t non_finite = 0;
 #pragma unroll
                 for (int c = 0; c < kVec; ++c) {
 #pragma unroll
                     for (int w = 0; w < kThreads / 32; ++w)
                         amax[c] = max(amax[c], warp_max[w][column + c]);
                     const int exponent = fp8_scale_exponent(amax[c]);
-                    factors[c] = pow2(-exponent);
-                    if (amax[c] >= kInfinityBits) non_finite |= 1u << c;
+                    factors[c] = amax[c] >= kInfinityBits ? __uint_as_float(kNanBits) : pow2(-exponent);
                     if (row == 0) {
                         p.sf_columnwise[static_cast<int64_t>(first_row / kTile) * kHidden + first_column +
                                         column + c] = pow2(exponent);
@@ -163,24 +154,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
                     for (int c = 0; c < kVec; ++c)
                         v[c] = __fmul_rn(v[c], factors[c]);
-                    columns[r] = encode_e4m3(v, 1.0f);
-                    if (non_finite != 0) columns[r] = with_nan_bytes(columns[r], non_finite);
+                    encode_e4m3(v, 1.0f, columns[r]);
                 }
             }
 
             // Transpose 4x4 bytes in registers: word c of the tile's column holds this thread's four rows.
-            const uint32_t rows4[kRowsPerThread][4] = {
-                {columns[0].x, columns[0].y, columns[0].z, columns[0].w},
-                {columns[1].x, columns[1].y, columns[1].z, columns[1].w},
-                {columns[2].x, columns[2].y, columns[2].z, columns[2].w},
-                {columns[3].x, columns[3].y, columns[3].z, columns[3].w},
-            };
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
-                const uint32_t low01 = __byte_perm(rows4[0][q], rows4[1][q], 0x5140u);
-                const uint32_t low23 = __byte_perm(rows4[2][q], rows4[3][q], 0x5140u);
-                const uint32_t high01 = __byte_perm(rows4[0][q], rows4[1][q], 0x7362u);
-                const uint32_t high23 = __byte_perm(rows4[2][q], rows4[3][q], 0x7362u);
+                const uint32_t low01 = __byte_perm(columns[0][q], columns[1][q], 0x5140u);
+                const uint32_t low23 = __byte_perm(columns[2][q], columns[3][q], 0x5140u);
+                const uint32_t high01 = __byte_perm(columns[0][q], columns[1][q], 0x7362u);
+                const uint32_t high23 = __byte_perm(columns[2][q], columns[3][q], 0x7362u);
                 const uint32_t transposed[4] = {
                     __byte_perm(low01, low23, 0x5410u),
                     __byte_perm(low01, low23, 0x7632u),

@@ -21,46 +21,38 @@ static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
 
 constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
 
-// One lane's part of a bf16 or FP8 token.
-struct InputVec {
-    uint4 low;
-    uint4 high;
-    float scale;
-};
-
-// Reads one lane's part; lanes past the end get zeros.
-__device__ __forceinline__ InputVec read_input(const DispatchSendParams& p, int token, int vec) {
-    InputVec in = {};
+// Reads one lane's part of a bf16 or FP8 token; lanes past the end get zeros.
+__device__ __forceinline__ LaneVec read_input(const DispatchSendParams& p, int token, int vec) {
+    LaneVec in = {};
     if (vec >= kNumVecs) return in;
     if constexpr (kInput == kInputBf16) {
         const uint4* data =
             reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (2 * kHidden)) + 2 * vec;
-        in.low = load_stream(data);
-        in.high = load_stream(data + 1);
+        unpack(load_stream(data), in.words);
+        unpack(load_stream(data + 1), in.words + 4);
     } else {
-        in.low =
-            load_stream(reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden) + vec);
+        const uint4* data = reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden);
+        unpack(load_stream(data + vec), in.words);
         const float* sf = reinterpret_cast<const float*>(p.sf) + token * p.sf_row_stride;
-        in.scale = sf[vec / kLanesPerGroup * p.sf_group_stride];
+        in.scale = sf[vec / kVecsPerGroup * p.sf_group_stride];
     }
     return in;
 }
 
-__device__ __forceinline__ LaneVec encode_input(const InputVec& in, const Quantizer& quantizer, int token,
-                                                int vec) {
+__device__ __forceinline__ LaneVec encode_input(LaneVec& in, const Quantizer& quantizer, int token, int vec) {
     if constexpr (static_cast<int>(kInput) == static_cast<int>(kWire)) {
-        return {in.low, in.high, in.scale, 0};
+        return in;
     } else if constexpr (kInput == kInputBf16 && kWire == kMxfp4 && !kHadamard && !kStochastic) {
-        return lane_vec(quantize_mxfp4(in.low, in.high, quantizer));
+        return lane_vec(quantize_bf16(in.bf16(), quantizer));
     } else {
         float v[kVec];
         int offset = 0;
         if constexpr (kInput == kInputBf16) {
-            decode_bf16(in.low, in.high, v);
+            decode_bf16(in.bf16(), v);
         } else if constexpr (kHadamard) {
-            decode_fp8(in.low, in.scale, v);
+            decode_fp8(in.data(), in.scale, v);
         } else {
-            decode_e4m3(in.low, v);
+            decode_e4m3(in.data(), v);
             offset = scale_to_odd(v, in.scale);
         }
         return encode_wire<kInput == kInputFp8>(v, offset, quantizer, token, vec);
@@ -105,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(384, 2)
             }
         } else {
             for (int first = 0; first < kVecsPerLane; first += kBatch) {
-                InputVec parts[kBatch];
+                LaneVec parts[kBatch];
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i)
                     parts[i] = read_input(p, token, (first + i) * 32 + lane);

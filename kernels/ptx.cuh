@@ -8,6 +8,22 @@ using int32_t = int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 
+__device__ __forceinline__ void unpack(const uint4& v, uint32_t* words) {
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+}
+
+__device__ __forceinline__ void unpack(const uint2& v, uint32_t* words) {
+    words[0] = v.x;
+    words[1] = v.y;
+}
+
+__device__ __forceinline__ uint4 pack4(const uint32_t* words) {
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 __device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* p) {
     uint32_t v;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -44,6 +60,31 @@ __device__ __forceinline__ uint2 load_stream(const uint2* p) {
                  : "=r"(v.x), "=r"(v.y)
                  : "l"(p)
                  : "memory");
+    return v;
+}
+
+// Read-only data: the compiler may move these, and L1 keeps what a neighbouring access will want.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+    uint4 v;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+    uint2 v;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_once(const uint8_t* p) {
+    uint32_t v;
+    asm("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ float load_once(const float* p) {
+    float v;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
     return v;
 }
 
@@ -84,10 +125,54 @@ __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Packed bf16 a * b + c, rounded once, and packed 16-bit integer minimum and maximum.
+// Copies 4 or 16 bytes, on such a boundary, from global to shared memory without waiting; zeros, and reads
+// nothing, if not `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const uint32_t num_bytes = valid ? kBytes : 0;
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                     "r"(num_bytes)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global),
+                     "r"(num_bytes)
+                     : "memory");
+    }
+}
+
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all of this thread's copies; a barrier then shows them to the block.
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
+// Packed 16-bit arithmetic: a * b + c rounded once, a * b, and integer minimum and maximum.
 __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t v;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t v;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t v;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+    uint32_t v;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
     return v;
 }
 
@@ -97,10 +182,29 @@ __device__ __forceinline__ uint32_t min_u16x2(uint32_t a, uint32_t b) {
     return v;
 }
 
+__device__ __forceinline__ uint32_t max_s16x2(uint32_t a, uint32_t b) {
+    uint32_t v;
+    asm("max.s16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
 __device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
     uint32_t v;
     asm("max.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
     return v;
+}
+
+// The larger of a and |b|; NaN if one is. One instruction, where fabsf(b) might become one of its own.
+__device__ __forceinline__ float max_abs(float a, float b) {
+    float v;
+    asm("{.reg .f32 t; abs.f32 t, %2; max.NaN.f32 %0, %1, t;}" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
+// Keeps the compiler from starting on what needs `next` before `done` is there, and so from holding more in
+// registers than one step needs.
+__device__ __forceinline__ void sequence(uint32_t& done, uint32_t& next) {
+    asm volatile("" : "+r"(done), "+r"(next));
 }
 
 // Two floats to E4M3, nearest even, saturating: `low` in bits 0 to 7.
@@ -110,16 +214,33 @@ __device__ __forceinline__ uint32_t to_e4m3x2(float low, float high) {
     return v;
 }
 
-// Two E4M3 codes to floats, exact.
-__device__ __forceinline__ float2 from_e4m3x2(uint32_t codes) {
+// Two E4M3 codes, the low ones of a word, to FP16, exact.
+__device__ __forceinline__ uint32_t e4m3x2_to_f16x2(uint32_t codes) {
     uint32_t halves;
     const uint16_t pair = static_cast<uint16_t>(codes);
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+    return halves;
+}
+
+// Two FP16 to E4M3, nearest even, saturating, NaN to 0x7f.
+__device__ __forceinline__ uint32_t f16x2_to_e4m3x2(uint32_t halves) {
+    uint16_t v;
+    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(v) : "r"(halves));
+    return v;
+}
+
+// Two FP16 to floats, exact.
+__device__ __forceinline__ float2 from_f16x2(uint32_t halves) {
     float2 v;
     asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
         : "=f"(v.x), "=f"(v.y)
         : "r"(halves));
     return v;
+}
+
+// Two E4M3 codes to floats, exact.
+__device__ __forceinline__ float2 from_e4m3x2(uint32_t codes) {
+    return from_f16x2(e4m3x2_to_f16x2(codes));
 }
 
 // Two floats to BF16, nearest even, NaN to 0x7fff: `low` in bits 0 to 15.

@@ -1,9 +1,13 @@
 // A token's record: reading one lane's part of it, writing one lane's part of it, and sending it.
 #pragma once
 
+#include "align.cuh"
 #include "layout.cuh"
-#include "mxfp4.cuh"
+#include "quantize.cuh"
 
+constexpr int kVec = 16;  // elements of a lane's part
+constexpr int kVecsPerBlock = kLanesPerBlock<kVec>;
+constexpr int kVecsPerGroup = kLanesPerGroup<kVec>;
 constexpr int kHidden = QCOMM_HIDDEN;
 constexpr WireKind kWire = static_cast<WireKind>(QCOMM_WIRE);
 constexpr bool kHadamard = QCOMM_HADAMARD;
@@ -14,15 +18,22 @@ constexpr int kNumVecs = kHidden / kVec;
 constexpr int kVecsPerLane = (kNumVecs + 31) / 32;
 // Vectors a lane loads before it works on the first: enough loads in flight to hide their latency, in the
 // registers that the work leaves.
-constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : kWire == kBf16 ? 4 : 7;
+constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : kWire == kBf16 ? 3 : kWire == kFp8 ? 5 : 6;
 constexpr int kBatch = kVecsPerLane < kMaxBatch ? kVecsPerLane : kMaxBatch;
 
 // One lane's part of a record or of a received row.
 struct LaneVec {
-    uint4 low;    // bf16: elements 0 to 7; fp8: all; mxfp4: codes in x and y
-    uint4 high;   // bf16: elements 8 to 15
-    float scale;  // fp8
-    uint32_t sf;  // mxfp4
+    uint32_t words[kVec / 2];  // bf16: all; fp8: the first four; mxfp4: the codes, in the first two
+    float scale;               // fp8
+    uint32_t sf;               // mxfp4
+
+    template <int kWords>
+    __device__ __forceinline__ uint32_t (&first())
+        [kWords] { return *reinterpret_cast<uint32_t (*)[kWords]>(words); }
+
+    __device__ __forceinline__ uint32_t (&bf16()) [kVec / 2] { return words; } __device__ __forceinline__
+        uint32_t (&data()) [kVec / 4] { return first<kVec / 4>(); } __device__ __forceinline__
+        uint32_t (&codes()) [kVec / 8] { return first<kVec / 8>(); }
 };
 
 // Reads one lane's part; lanes past the end get zeros.
@@ -31,60 +42,60 @@ __device__ __forceinline__ LaneVec read_record(const uint8_t* record, int vec) {
     if (vec >= kNumVecs) return w;
     if constexpr (kWire == kBf16) {
         const uint4* data = reinterpret_cast<const uint4*>(record) + 2 * vec;
-        w.low = load_stream(data);
-        w.high = load_stream(data + 1);
+        unpack(load_stream(data), w.words);
+        unpack(load_stream(data + 1), w.words + 4);
     } else if constexpr (kWire == kFp8) {
-        w.low = load_stream(reinterpret_cast<const uint4*>(record) + vec);
-        w.scale = reinterpret_cast<const volatile float*>(record + kScaleOffset)[vec / kLanesPerGroup];
+        unpack(load_stream(reinterpret_cast<const uint4*>(record) + vec), w.words);
+        w.scale = reinterpret_cast<const volatile float*>(record + kScaleOffset)[vec / kVecsPerGroup];
     } else {
-        const uint2 codes = load_stream(reinterpret_cast<const uint2*>(record) + vec);
-        w.low.x = codes.x;
-        w.low.y = codes.y;
-        w.sf = *reinterpret_cast<const volatile uint8_t*>(record + kScaleOffset + vec / kLanesPerBlock);
+        unpack(load_stream(reinterpret_cast<const uint2*>(record) + vec), w.words);
+        w.sf = *reinterpret_cast<const volatile uint8_t*>(record + kScaleOffset + vec / kVecsPerBlock);
     }
     return w;
 }
 
-__device__ __forceinline__ LaneVec lane_vec(const Fp8Vec& fp8) {
-    LaneVec v = {};
-    v.low = fp8.data;
-    v.scale = fp8.scale;
-    return v;
+__device__ __forceinline__ LaneVec lane_vec(const Fp8Vec<kVec>& fp8) {
+    LaneVec w = {};
+#pragma unroll
+    for (int i = 0; i < kVec / 4; ++i)
+        w.words[i] = fp8.data[i];
+    w.scale = fp8.scale;
+    return w;
 }
 
-__device__ __forceinline__ LaneVec lane_vec(const Mxfp4Vec& packed) {
+__device__ __forceinline__ LaneVec lane_vec(const Mxfp4Vec<kVec>& packed) {
     LaneVec w = {};
-    w.low.x = packed.codes.x;
-    w.low.y = packed.codes.y;
+#pragma unroll
+    for (int i = 0; i < kVec / 8; ++i)
+        w.words[i] = packed.codes[i];
     w.sf = packed.sf;
     return w;
 }
 
-__device__ __forceinline__ uint2 codes_of(const LaneVec& w) {
-    return make_uint2(w.low.x, w.low.y);
-}
-
 // Decodes one lane's part to float32.
-__device__ __forceinline__ void decode_wire(const LaneVec& w, float (&v)[kVec]) {
+__device__ __forceinline__ void decode_wire(LaneVec& w, float (&v)[kVec]) {
     if constexpr (kWire == kBf16) {
-        decode_bf16(w.low, w.high, v);
+        decode_bf16(w.bf16(), v);
     } else if constexpr (kWire == kFp8) {
-        decode_fp8(w.low, w.scale, v);
+        decode_fp8(w.data(), w.scale, v);
     } else {
-        decode_mxfp4(codes_of(w), w.sf, v);
+        decode_mxfp4(w.codes(), w.sf, v);
         if constexpr (kHadamard) hadamard32(v);
     }
 }
 
-// Encodes v * 2^offset, one lane's part of token `row`; offset is 0 unless the wire is mxfp4.
+// Encodes v * 2^offset, one lane's part of token `row`; offset is 0 unless the wire is mxfp4, unrotated.
+// Changes v.
 template <bool kScaled>
 __device__ __forceinline__ LaneVec encode_wire(float (&v)[kVec], int offset, const Quantizer& quantizer,
                                                int row, int vec) {
     LaneVec w = {};
     if constexpr (kWire == kBf16) {
-        encode_bf16(v, w.low, w.high);
+        encode_bf16(v, w.bf16());
     } else if constexpr (kWire == kFp8) {
         w = lane_vec(quantize_fp8(v));
+    } else if constexpr (kHadamard && !kStochastic) {
+        w = lane_vec(quantize_rotated(v, quantizer));
     } else {
         if constexpr (kHadamard) hadamard32(v);
         const uint64_t index = static_cast<uint64_t>(row) * kHidden + vec * kVec;
@@ -93,23 +104,27 @@ __device__ __forceinline__ LaneVec encode_wire(float (&v)[kVec], int offset, con
     return w;
 }
 
+// Writes one lane's part of a row's data, to global or shared memory.
+template <WireKind kKind>
+__device__ __forceinline__ void write_data(uint8_t* row, int vec, const LaneVec& w) {
+    if constexpr (kKind == kBf16) {
+        reinterpret_cast<uint4*>(row)[2 * vec] = pack4(w.words);
+        reinterpret_cast<uint4*>(row)[2 * vec + 1] = pack4(w.words + 4);
+    } else if constexpr (kKind == kFp8) {
+        reinterpret_cast<uint4*>(row)[vec] = pack4(w.words);
+    } else {
+        reinterpret_cast<uint2*>(row)[vec] = make_uint2(w.words[0], w.words[1]);
+    }
+}
+
 // Writes one lane's part to a record in shared memory.
 __device__ __forceinline__ void write_record(uint8_t* record, const LaneVec& w, int vec) {
     if (vec >= kNumVecs) return;
-    if constexpr (kWire == kBf16) {
-        uint4* data = reinterpret_cast<uint4*>(record) + 2 * vec;
-        data[0] = w.low;
-        data[1] = w.high;
-    } else if constexpr (kWire == kFp8) {
-        reinterpret_cast<uint4*>(record)[vec] = w.low;
-        if (vec % kLanesPerGroup == 0) {
-            reinterpret_cast<float*>(record + kScaleOffset)[vec / kLanesPerGroup] = w.scale;
-        }
-    } else {
-        reinterpret_cast<uint2*>(record)[vec] = codes_of(w);
-        if (vec % kLanesPerBlock == 0)
-            record[kScaleOffset + vec / kLanesPerBlock] = static_cast<uint8_t>(w.sf);
-    }
+    write_data<kWire>(record, vec, w);
+    if (kWire == kFp8 && vec % kVecsPerGroup == 0)
+        reinterpret_cast<float*>(record + kScaleOffset)[vec / kVecsPerGroup] = w.scale;
+    if (kWire == kMxfp4 && vec % kVecsPerBlock == 0)
+        record[kScaleOffset + vec / kVecsPerBlock] = static_cast<uint8_t>(w.sf);
 }
 
 // A warp's shared-memory stage. While the copies of one record fly, the next is loaded and encoded; a

@@ -20,6 +20,7 @@ from qcomm.ops.fp8_transpose import fp8_transpose
 from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8
 from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise
 from qcomm.ops.quantize_mxfp4 import quantize_mxfp4
+from qcomm.ops.swiglu import swiglu_backward, swiglu_forward
 from qcomm.tensors import FP8ColumnwiseTensor, FP8Tensor, MXFP4Tensor
 
 __version__ = "0.1.0"
@@ -48,4 +49,6 @@ __all__ = [
     "mxfp4_to_fp8",
     "mxfp4_to_fp8_columnwise",
     "quantize_mxfp4",
+    "swiglu_backward",
+    "swiglu_forward",
 ]

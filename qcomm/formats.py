@@ -34,7 +34,8 @@ EXACT_DISTANCE = 14
 """Largest exponent distance at which every aligned E2M1 code is exact in E4M3."""
 
 BF16_NAN = 0x7FFF
-"""The NaN that conversions to BF16 write (what the hardware conversion writes)."""
+FLOAT32_NAN = 0x7FFFFFFF
+"""The NaNs that conversions write (what the hardware writes)."""
 
 QUEST_FACTOR = 2.92247856 / 6.0
 """QUEST's scale over the standard deviation: a Gaussian's clipping point of least error, over the largest code."""

@@ -146,9 +146,13 @@ class Kernel:
         if shared_bytes > self._shared_bytes:
             self._function.max_dynamic_shared_size_bytes = self._shared_bytes = shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        (result,) = driver.cuLaunchKernel(
-            self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-        )
+        arguments = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+        (result,) = driver.cuLaunchKernel(*arguments)
+        if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # A thread that has not used CUDA yet, as autograd's may be, has no context; torch too sets it when needed.
+            _, context = driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device())
+            driver.cuCtxSetCurrent(context)
+            (result,) = driver.cuLaunchKernel(*arguments)
         if result != driver.CUresult.CUDA_SUCCESS:
             raise QcommUnsupportedError(f"launching a kernel failed: {result}", phase="launch", seen=result)
 

@@ -26,6 +26,7 @@ from qcomm.formats import (
     E8M0_MAX,
     E8M0_NAN,
     EXACT_DISTANCE,
+    FLOAT32_NAN,
     FP8_GROUP_SIZE,
     FP8_MIN_SCALE_EXPONENT,
     QUEST_FACTOR,
@@ -39,13 +40,15 @@ from qcomm.tensors import FP8Tensor, MXFP4Tensor
 _MASK32 = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUNDS = 10
+_PHILOX_ROUNDS = 7
 
 Word = TypeVar("Word", int, torch.Tensor)
 
 
 def philox4x32(counter: tuple[Word, ...], key: tuple[int, int]) -> tuple[Word, ...]:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    """Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    Seven rounds, the fewest that the authors call Crush-resistant.
 
     Args:
         counter: four 32-bit words: ints, or int64 tensors of one shape.
@@ -71,7 +74,7 @@ def philox4x32(counter: tuple[Word, ...], key: tuple[int, int]) -> tuple[Word, .
 def random_bits16(rows: torch.Tensor, num_columns: int, seed: int, subsequence: int | torch.Tensor = 0) -> torch.Tensor:
     """Sixteen random bits for each element of the given rows, a function of the element's position alone.
 
-    Element k of row r takes half (i % 8) % 2 of word (i % 8) // 2 of Philox4x32-10 at counter
+    Element k of row r takes half (i % 8) % 2 of word (i % 8) // 2 of Philox4x32-7 at counter
     (i // 8 low, i // 8 high, subsequence, 0), where i = r * num_columns + k.
 
     Args:
@@ -118,7 +121,7 @@ def hadamard32(x: torch.Tensor) -> torch.Tensor:
 
 
 def hadamard_signs(seed: int) -> int:
-    """Return the signs of a rotation: a 32-bit mask, word 0 of Philox4x32-10 at counter (0, 0, 0, 1)."""
+    """Return the signs of a rotation: a 32-bit mask, word 0 of Philox4x32-7 at counter (0, 0, 0, 1)."""
     return philox4x32((0, 0, 0, 1), (seed & _MASK32, seed >> 32 & _MASK32))[0]
 
 
@@ -144,7 +147,7 @@ def quantize_mxfp4(
 
     Args:
         x: `[..., K]` bfloat16, float16 or float32, or an FP8Tensor, whose exact products data * sf are
-            quantized, rounded once. K is a multiple of 32.
+            quantized, rounded once; rotated or UNBIASED ones are rounded to float32 first. K is a multiple of 32.
         scale_rule: how a block picks the scale; QUEST wants a rotation and NEAREST.
         rounding: element rounding; UNBIASED wants FLOOR.
         seed: of the random bits of stochastic rounding (`random_bits16`).
@@ -185,6 +188,8 @@ def quantize_mxfp4_clip_mask(
         raise ValueError(f"x.shape[-1] must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
     check_quantizer(scale_rule, rounding, hadamard)
     values = exact_values(x)
+    if rounding is Rounding.UNBIASED:
+        values = values.to(torch.float32).to(torch.float64)
     if hadamard:
         values = hadamard32(flip_signs(values.to(torch.float32), signs)).to(torch.float64)
     blocks = values.unflatten(-1, (-1, BLOCK_SIZE))
@@ -310,9 +315,9 @@ def mxfp4_to_fp8(x: MXFP4Tensor) -> tuple[FP8Tensor, torch.Tensor]:
 
 
 def to_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round float32 to float32 or bfloat16 (nearest even; NaN becomes 0x7FFF in bfloat16)."""
+    """Round float32 to float32 or bfloat16 (nearest even); a NaN becomes the one that the hardware writes."""
     if dtype == torch.float32:
-        return values
+        return torch.where(torch.isnan(values), FLOAT32_NAN, values.view(torch.int32)).view(torch.float32)
     if dtype != torch.bfloat16:
         raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     bits = values.to(torch.bfloat16).view(torch.int16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_SAME_WIDTH_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAME_WIDTH_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def all_bf16() -> torch.Tensor:
@@ -19,5 +19,5 @@ def all_e4m3() -> torch.Tensor:
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit (-0 is not 0, a NaN equals itself)."""
-    width = _SAME_WIDTH_INT[a.element_size()]
+    width = SAME_WIDTH_INT[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(width), b.contiguous().view(width))

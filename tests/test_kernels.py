@@ -21,14 +21,17 @@ import torch
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, validate
 from qcomm.exchange import DispatchOptions, WireInput
-from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
+from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
-from qcomm.ops import combine, comm, dispatch, peer_store, route
-from qcomm.ops.catalog import all_specs
+from qcomm.ops import codec, columnwise, combine, comm, dispatch, peer_store, route
+from qcomm.ops.catalog import all_specs, codec_specs
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
 
+quantize_mxfp4, dequantize, mxfp4_to_fp8 = (
+    sys.modules[f"qcomm.ops.{name}"] for name in ("quantize_mxfp4", "dequantize", "mxfp4_to_fp8")
+)
 ARCH = "sm_90"
 SHAPES = ((7168, 8), (128, comm.MAX_TOPK))
 WIRES = [
@@ -102,6 +105,25 @@ def test_no_kernel_spills(usage: dict[KernelSpec, ResourceUsage]) -> None:
             rows.append([label(spec), hidden, str(taken.spill_bytes), str(limit), reason])
     print(format_table(["kernel", "hidden", "spills", "may", "because"], rows))
     assert not bad, "\n".join(bad)
+
+
+def test_no_kernel_of_the_codec_spills() -> None:
+    pytest.importorskip("cuda.core")
+    specs = codec_specs()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        usage = dict(zip(specs, pool.map(lambda spec: jit.resource_usage(spec, ARCH), specs), strict=True))
+    assert {spec: taken.spill_bytes for spec, taken in usage.items() if taken.spill_bytes} == {}
+    assert max(taken.static_shared_bytes for taken in usage.values()) <= 48 * 1024
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 128, 224, 448, 2**16 - 1, 2**30 + 1, 2**31 - 1])
+def test_divisor(divisor: int) -> None:
+    by = codec.Divisor.of(divisor)
+    assert 0 < by.multiplier < 2**32
+    edges = {k * divisor + e for k in (1, 2, 3, 1000, (2**31 - 1) // divisor) for e in (-1, 0, 1)}
+    for number in sorted(edges | set(range(0, 2**31, 2**31 // 997))):
+        if 0 <= number < 2**31:
+            assert by.divide(number) == number // divisor
 
 
 class Launch(NamedTuple):
@@ -190,12 +212,12 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
             if carries(wire, x, hidden):
                 dispatch.launch_send(launcher, 0, x, handle.send_slot, wire, 0, True)
         for dtype_name in RECV_DTYPES:
-            for columnwise in (False, True) if dtype_name == "fp8" else (False,):
+            for by_column in (False, True) if dtype_name == "fp8" else (False,):
                 options = DispatchOptions(
                     recv_layout="expert_major",
                     recv_dtype=dtype_name,
                     alignment=128,
-                    columnwise=columnwise,
+                    columnwise=by_column,
                     static=False,
                     capacity=None,
                     sf_layout=ScaleLayout.ROW_MAJOR,
@@ -258,13 +280,18 @@ def test_the_budgets_hold_for_any_hidden(hidden: int) -> None:
 
 STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "layout.cuh": (comm.Report, comm.HostReports, comm.State, comm.Comm),
-    "mxfp4.cuh": (comm.Quantizer,),
+    "quantize.cuh": (comm.Quantizer,),
     "barrier.cu": (comm.BarrierParams,),
     "route.cu": (route.RouteParams, route.PlaceParams),
     "dispatch_send.cu": (dispatch.DispatchSendParams,),
     "dispatch_recv.cuh": (dispatch.DispatchRecvParams,),
     "combine.cu": (combine.CombineSendParams, combine.CombineRecvParams),
     "peer_store.cu": (peer_store.PeerStoreParams,),
+    "codec.cuh": (codec.Divisor,),
+    "quantize_mxfp4.cu": (quantize_mxfp4.QuantizeMxfp4Params,),
+    "dequantize.cu": (dequantize.DequantizeParams,),
+    "mxfp4_to_fp8.cu": (mxfp4_to_fp8.Mxfp4ToFp8Params,),
+    "columnwise.cuh": (columnwise.ColumnwiseParams,),
 }
 
 
@@ -276,11 +303,12 @@ def test_structures_have_the_same_fields(file: str, structure: type[ctypes.Struc
     text = re.sub(r"//[^\n]*", "", (jit.kernels_dir() / file).read_text())
     body = re.search(rf"struct {structure.__name__} {{(.*?)\n}};", text, re.DOTALL)
     assert body is not None
-    fields = re.findall(r"(?:const )?(\w+)(\*?)\s+(\w+)(\[kMaxRanks\])?;", body[1])
+    members = body[1].partition("__device__")[0]
+    fields = re.findall(r"(?:const )?(\w+)(\*?)\s+(\w+)(\[kMaxRanks\])?;", members)
     want = [
         (name, (8 if star else sizes[kind]) * (comm.MAX_RANKS if array else 1)) for kind, star, name, array in fields
     ]
-    assert len(want) == body[1].count(";")
+    assert len(want) == members.count(";")
     assert [(name, getattr(structure, name).size) for name, *_ in structure._fields_] == want
 
 
@@ -342,7 +370,7 @@ def test_options_that_do_not_change_a_kernel_make_no_new_one() -> None:
     assert comm.encoding(rotated, "bf16") == WireFormat("mxfp4", rounding=Rounding.STOCHASTIC, hadamard=True)
     assert comm.decoding(rotated) == WireFormat("mxfp4", hadamard=True)
     for simplify in (lambda wire: comm.encoding(wire, "bf16"), comm.decoding):
-        assert len({simplify(WireFormat("mxfp4", rule)) for rule in ScaleRule}) == 1
+        assert len({simplify(WireFormat("mxfp4", rule)) for rule in MAXIMUM_RULES}) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Writes the measured tables of README.md and docs/formats.md: `python tools/readme_table.py [FILE] [--check]`.
+"""Writes the measured tables of README.md and docs/*.md: `python tools/readme_table.py [FILE] [--check]`.
 
 FILE holds JSON lines of `python -m qcomm bench dispatch --json FILE`, in the repository; its last run is taken. Without
 FILE it is the file that the table links to, or else the only one in benchmarks/results/ with lines of that benchmark.
-The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists.
+The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists;
+the tables of docs/performance.md, and the README's of the codec, that of benchmarks/results/codec-h200.jsonl.
 --check writes nothing and exits with 1 if a table is out of date, or is not there though there are results.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,13 @@ WIRE = "mxfp4"
 QUALITY_PAGE, QUALITY_RESULTS = "docs/formats.md", f"{RESULTS}/quality-cpu.jsonl"
 QUALITY_BEGIN, QUALITY_END = "<!-- bench:quality -->", "<!-- /bench:quality -->"
 QUALITY_RUN_KEYS = ("command", "commit", "machine", "rows", "columns", "seed")
+
+CODEC_PAGE, CODEC_RESULTS = "docs/performance.md", f"{RESULTS}/codec-h200.jsonl"
+CODEC_BEGIN, CODEC_END = "<!-- bench:codec -->", "<!-- /bench:codec -->"
+# Columns of the README's table of the codec, and their digits.
+HEADLINE = (("p50_us", 1), ("gbs", 0), ("share", 3))
+CHAINS = ("unfused chain", "compiled unfused chain")
+CODEC_RUN_KEYS = ("command", "commit", "machine", "arch", "sizes", "iterations", "seed", "ceiling_gbs")
 
 Line = dict[str, Any]
 
@@ -98,8 +107,8 @@ def render(path: Path, repo: Path) -> str:
         f"Command: `{first['command']}`,",
         f"commit {first['commit'][:12] if first['commit'] else 'unknown'}. {LINK}{name}]({name}).",
     ]
-    markdown = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return f"{markdown}\n" + "".join(f"{line}\n" for line in about)
+    laid_out = "".join(f"| {' | '.join(row)} |\n" for row in table)
+    return f"{laid_out}\n" + "".join(f"{line}\n" for line in about)
 
 
 def quality_cell(line: Line) -> str:
@@ -127,16 +136,141 @@ def render_quality(path: Path) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n" + "".join(f"{line}\n" for line in about)
 
 
-def update_quality(repo: Path, check: bool) -> None:
-    page, path = repo / QUALITY_PAGE, repo / QUALITY_RESULTS
-    if not path.exists():
-        return
-    before, block, after = split(page, QUALITY_BEGIN, QUALITY_END)
-    wanted = render_quality(path)
+def codec_run(path: Path) -> list[Line]:
+    """Returns the lines of the last run."""
+    lines: list[Line] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in lines if all(line[key] == lines[-1][key] for key in CODEC_RUN_KEYS)]
+
+
+def of_row(lines: list[Line], *rows: str) -> list[Line]:
+    return [line for line in lines if line["row"] in rows]
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def size_of(line: Line) -> str:
+    return f"{line['rows']}x{line['columns']}"
+
+
+def markdown(headers: Sequence[str], num_texts: int, rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table whose first columns are texts and the others numbers."""
+    rule = ["---"] * num_texts + ["---:"] * (len(headers) - num_texts)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (headers, rule, *rows))
+
+
+def codec_about(first: Line, up: str) -> str:
+    machine, commit = first["machine"], first["commit"]
+    lines = (
+        f"{machine['devices']}, torch {machine['torch']}; p50 of {first['iterations']} calls, L2 full of clean lines",
+        f"before each. Ceiling: a copy of BF16 [16384, 7168], {first['ceiling_gbs']:.0f} GB/s read and written.",
+        f"Command: `{first['command']}`,",
+        f"commit {commit[:12] if commit else 'unknown'}. {LINK}{CODEC_RESULTS}]({up}{CODEC_RESULTS}).",
+    )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def codec_times(timed: list[Line]) -> str:
+    rows = [
+        (
+            line["kernel"],
+            line["variant"],
+            f"{(line['bytes_in'] + line['bytes_out']) / 1e6:.1f}",
+            *(number(line[key], digits) for key, digits in (("p50_us", 1), ("p99_us", 1), ("gbs", 0), ("share", 3))),
+            number(line["target"], 2),
+        )
+        for line in timed
+    ]
+    return markdown(("kernel", "variant", "MB", "p50 us", "p99 us", "GB/s", "of ceiling", "target"), 2, rows)
+
+
+def codec_small_times(timed: list[Line], sizes: list[str]) -> str:
+    at = {((line["kernel"], line["variant"]), size_of(line)): line for line in timed}
+    names = dict.fromkeys(name for name, _ in at)
+    rows = [(*name, *(number(at[name, size]["p50_us"], 1) for size in sizes)) for name in names]
+    return markdown(("kernel", "variant", *sizes), 2, rows)
+
+
+def codec_baselines(slower: list[Line]) -> str:
+    rows = [
+        (
+            line["kernel"],
+            size_of(line),
+            line["baseline"] + (f" ({line['failed']})" if line["failed"] else ""),
+            number(line["p50_us"], 1),
+            number(line["speedup"], 2, "x"),
+        )
+        for line in slower
+    ]
+    return markdown(("kernel", "size", "baseline", "p50 us", "kernel is faster by"), 3, rows)
+
+
+def codec_resources(taken: list[Line]) -> str:
+    keys = ("registers", "spill_bytes", "shared_bytes")
+    rows = [
+        (line["kernel"], line["variant"], line["function"], *(number(line[key], 0) for key in keys)) for line in taken
+    ]
+    return markdown(("kernel", "variant", "function", "registers", "spill bytes", "shared bytes"), 3, rows)
+
+
+def render_codec(lines: list[Line], drawing: Path) -> str:
+    """Returns the block of docs/performance.md: the first size, the others, baselines, registers, the plot."""
+    first, *others = lines[0]["sizes"]
+    timed, slower, taken = (of_row(lines, *rows) for rows in (("copy", "kernel"), ("baseline",), ("resources",)))
+    parts = [f"At {first}:\n", codec_times([line for line in timed if size_of(line) == first])]
+    if others:
+        parts += ["p50 in us at sizes where the launch weighs most:\n", codec_small_times(timed, others)]
+    if slower:
+        parts += ["Baselines:\n", codec_baselines(slower)]
+    if taken:
+        where = f"Registers per thread, and bytes spilled per thread and shared per block, on {lines[0]['arch']}:\n"
+        parts += [where, codec_resources(taken)]
+    if drawing.exists():
+        parts.append(f"![Share of the ceiling by kernel and size](../{RESULTS}/{drawing.name})\n")
+    return "\n".join([*parts, codec_about(lines[0], "../")])
+
+
+def render_codec_headline(lines: list[Line]) -> str:
+    """Returns the README's block: the kernels that have a target, and the chain that one of them replaces."""
+    rows = [
+        (line["kernel"], line["variant"], *(number(line[key], digits) for key, digits in HEADLINE))
+        for line in of_row(lines, "kernel")
+        if line["target"] is not None
+    ]
+    size = lines[0]["sizes"][0]
+    parts = [markdown(("kernel", "variant", "p50 us", "GB/s", "of copy"), 2, rows)]
+    faster = [
+        f"{line['kernel']} takes 1/{line['speedup']:.1f} of the time of the {line['baseline']}.\n"
+        for line in of_row(lines, "baseline")
+        if line["baseline"] in CHAINS and line["speedup"] and size_of(line) == size
+    ]
+    return "\n".join([*parts, "".join([f"BF16 size {size}.\n", *faster, codec_about(lines[0], "")])])
+
+
+def put(page: Path, repo: Path, results: str, marks: tuple[str, str], wanted: str, check: bool) -> None:
+    """Writes a block of a page, or exits if it is another."""
+    before, block, after = split(page, *marks)
     if not check:
         page.write_text(before + wanted + after)
     elif wanted != block:
-        sys.exit(f"{QUALITY_PAGE} must hold the table of {path}; run python tools/readme_table.py")
+        name = page.relative_to(repo).as_posix()
+        sys.exit(f"{name} must hold the table of {repo / results}; run python tools/readme_table.py")
+
+
+def update_quality(repo: Path, check: bool) -> None:
+    path = repo / QUALITY_RESULTS
+    if path.exists():
+        marks = QUALITY_BEGIN, QUALITY_END
+        put(repo / QUALITY_PAGE, repo, QUALITY_RESULTS, marks, render_quality(path), check)
+
+
+def update_codec(repo: Path, check: bool) -> None:
+    path = repo / CODEC_RESULTS
+    if path.exists():
+        lines, marks = codec_run(path), (CODEC_BEGIN, CODEC_END)
+        put(repo / CODEC_PAGE, repo, CODEC_RESULTS, marks, render_codec(lines, path.with_suffix(".svg")), check)
+        put(repo / "README.md", repo, CODEC_RESULTS, marks, render_codec_headline(lines), check)
 
 
 def main() -> None:
@@ -147,6 +281,7 @@ def main() -> None:
     given = parser.parse_args()
     repo = given.repo.resolve()
     update_quality(repo, given.check)
+    update_codec(repo, given.check)
     readme = repo / "README.md"
     before, block, after = split(readme)
     path = given.file or find_results(block, repo)

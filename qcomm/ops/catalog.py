@@ -6,16 +6,25 @@ registers and shared memory it takes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 
-from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, Rounding, WireFormat
+import torch
+
+from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, Rounding, ScaleRule, WireFormat
 from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
 from qcomm.ops.comm import barrier_spec, decoding, encoding
+from qcomm.ops.dequantize import DTYPES, dequantize_spec
 from qcomm.ops.dispatch import recv_spec, send_spec
+from qcomm.ops.fp8_transpose import fp8_transpose_spec
+from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8_spec
+from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise_spec
 from qcomm.ops.peer_store import peer_store_spec
+from qcomm.ops.quantize_mxfp4 import SOURCES, quantize_mxfp4_spec
 from qcomm.ops.route import route_spec
+from qcomm.reference import check_quantizer
 
 
 def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
@@ -33,6 +42,37 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
         specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden))
         specs.append(combine_spec("combine_recv", decoding(wire), hidden))
     return list(dict.fromkeys(specs))
+
+
+def codec_specs() -> list[KernelSpec]:
+    """Return every specialisation of the codec's kernels, each once."""
+    specs = [fp8_transpose_spec()]
+    for source in SOURCES:
+        for rule, rounding, hadamard in _quantizers():
+            options = itertools.product(
+                (False, True) if hadamard else (False,),
+                (False, True),
+                (False, True) if source == torch.float8_e4m3fn else (False,),
+            )
+            specs += (
+                quantize_mxfp4_spec(
+                    source, rule, rounding, hadamard=hadamard, signs=signs, clip_mask=clip_mask, flat_scales=flat
+                )
+                for signs, clip_mask, flat in options
+            )
+    for hadamard, prescaled in itertools.product((False, True), repeat=2):
+        specs += (dequantize_spec(dtype, hadamard, prescaled) for dtype in DTYPES)
+        specs += (mxfp4_to_fp8_spec(packed, hadamard, prescaled) for packed in (False, True))
+        specs.append(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled))
+    return list(dict.fromkeys(specs))
+
+
+def _quantizers() -> Iterator[tuple[ScaleRule, Rounding, bool]]:
+    """Yield every rule, rounding and rotation that go together."""
+    for rule, rounding, hadamard in itertools.product(ScaleRule, Rounding, (False, True)):
+        with contextlib.suppress(ValueError):
+            check_quantizer(rule, rounding, hadamard)
+            yield rule, rounding, hadamard
 
 
 def _wires() -> Iterator[WireFormat]:

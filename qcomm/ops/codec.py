@@ -13,10 +13,12 @@ from qcomm.jit import Kernel, KernelLoader, KernelSpec
 from qcomm.tensors import scales_shape
 
 THREADS = 256
+"""Of a block."""
 VEC = 16
-"""Elements of a thread; kVec in kernels/mxfp4.cuh."""
+"""Elements that a thread takes at a time, but for quantize_mxfp4, which takes a block."""
 _ALIGNMENT = 16
-INT32_MAX = 2**31 - 1
+MAX_VECS = 2**31 - 2**12
+"""A kernel numbers vectors in an int, and may go past the last by a block."""
 
 
 class Divisor(ctypes.Structure):
@@ -44,7 +46,7 @@ def _loader(index: int) -> KernelLoader:
     return KernelLoader(torch.device("cuda", index))
 
 
-def launch(spec: KernelSpec, x: torch.Tensor, grid: int, params: ctypes.Structure) -> None:
+def launch(spec: KernelSpec, x: torch.Tensor, grid: int, params: ctypes.Structure, threads: int | None = None) -> None:
     """Launch on the current stream of x's device; an empty grid is no launch.
 
     Raises:
@@ -54,7 +56,7 @@ def launch(spec: KernelSpec, x: torch.Tensor, grid: int, params: ctypes.Structur
         return
     with torch.cuda.device(x.device):
         kernel: Kernel = _loader(x.device.index).get(_identity, spec)
-        kernel.launch(grid, THREADS, 0, torch.cuda.current_stream().cuda_stream, params)
+        kernel.launch(grid, threads or THREADS, 0, torch.cuda.current_stream().cuda_stream, params)
 
 
 def _identity(spec: KernelSpec) -> KernelSpec:
@@ -120,15 +122,15 @@ def check_flat(name: str, out: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous and on a 16-byte boundary, got strides {out.stride()} at {at}")
 
 
-def count_vecs(x: torch.Tensor) -> int:
+def count_vecs(x: torch.Tensor, vec: int = VEC) -> int:
     """Return the number of threads' parts of a tensor.
 
     Raises:
         ValueError: more than a kernel can number.
     """
-    num_vecs = x.numel() // VEC
-    if num_vecs > INT32_MAX:
-        raise ValueError(f"x must have at most {INT32_MAX * VEC} elements, got {x.numel()}")
+    num_vecs = x.numel() // vec
+    if num_vecs > MAX_VECS:
+        raise ValueError(f"x must have at most {MAX_VECS * vec} elements, got {x.numel()}")
     return num_vecs
 
 

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 
 from qcomm import validate
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE
+from qcomm.jit import KernelSpec
 from qcomm.ops import codec
 from qcomm.reference_columnwise import check_group_offsets, count_tiles
 from qcomm.tensors import FP8ColumnwiseTensor
+
+TILE_BYTES = 256
+"""Bytes of a row that a block takes; kTileBytes in kernels/columnwise.cuh."""
+
+
+class ColumnwiseParams(ctypes.Structure):
+    """See `ColumnwiseParams` in kernels/columnwise.cuh."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64),
+        ("x_sf", ctypes.c_uint64),
+        ("data", ctypes.c_uint64),
+        ("out_sf", ctypes.c_uint64),
+        ("group_offsets", ctypes.c_uint64),
+        ("overflows", ctypes.c_uint64),
+        ("sf_row_stride", ctypes.c_int64),
+        ("sf_word_stride", ctypes.c_int64),
+        ("num_groups", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("row_bytes", ctypes.c_int32),
+        ("num_tiles", ctypes.c_int32),
+        ("signs", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+    )
+
+
+def columnwise_spec(name: str, **constants: int) -> KernelSpec:
+    """Build the spec of a column-wise kernel."""
+    return KernelSpec.of(name, name, sizeof_params=ctypes.sizeof(ColumnwiseParams), **constants)
+
+
+def launch(spec: KernelSpec, x: torch.Tensor, params: ColumnwiseParams) -> None:
+    """Launch a block for every tile and piece of a row."""
+    grid = params.num_tiles * -(-params.row_bytes // TILE_BYTES)
+    codec.launch(spec, x, grid, params)
+
 
 GroupOffsets = Sequence[int] | torch.Tensor | None
 

@@ -13,7 +13,7 @@ from qcomm.tensors import MXFP4Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
 """What the kernel writes; the index is its number there."""
-VECS_PER_THREAD = 2
+VECS_PER_THREAD = 1
 
 
 class DequantizeParams(ctypes.Structure):
@@ -37,6 +37,7 @@ def dequantize_spec(dtype: torch.dtype, hadamard: bool, prescaled: bool) -> Kern
         hadamard=hadamard,
         prescaled=prescaled,
         vecs_per_thread=VECS_PER_THREAD,
+        threads=codec.THREADS,
         sizeof_params=ctypes.sizeof(DequantizeParams),
     )
 

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from qcomm import reference_columnwise, validate
 from qcomm.jit import KernelSpec
 from qcomm.ops import codec, columnwise
-from qcomm.ops.columnwise import GroupOffsets
+from qcomm.ops.columnwise import ColumnwiseParams, GroupOffsets, columnwise_spec
 from qcomm.tensors import FP8ColumnwiseTensor, FP8Tensor
-
-TILE_COLUMNS = 256
-"""Columns of a block: 32 a warp."""
-
-
-class Fp8TransposeParams(ctypes.Structure):
-    """See `Fp8TransposeParams` in kernels/fp8_transpose.cu."""
-
-    _fields_ = (
-        ("x", ctypes.c_uint64),
-        ("x_sf", ctypes.c_uint64),
-        ("data", ctypes.c_uint64),
-        ("out_sf", ctypes.c_uint64),
-        ("group_offsets", ctypes.c_uint64),
-        ("sf_row_stride", ctypes.c_int64),
-        ("sf_group_stride", ctypes.c_int64),
-        ("num_groups", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-    )
 
 
 def fp8_transpose_spec() -> KernelSpec:
     """Build the spec."""
-    return KernelSpec.of("fp8_transpose", "fp8_transpose", sizeof_params=ctypes.sizeof(Fp8TransposeParams))
+    return columnwise_spec("fp8_transpose")
 
 
 def fp8_transpose(
@@ -85,18 +64,23 @@ def _fp8_transpose(
     codec.check_flat("out.data", data)
     codec.check_flat("out.sf", out_sf)
     x = codec.flat(x)
-    columns = out_sf.shape[1]
-    params = Fp8TransposeParams(
+    num_tiles, columns = out_sf.shape
+    row_stride, group_stride = (stride * x_sf.element_size() for stride in x_sf.stride())
+    params = ColumnwiseParams(
         x.data_ptr(),
         x_sf.data_ptr(),
         data.data_ptr(),
         out_sf.data_ptr(),
         group_offsets.data_ptr(),
-        *x_sf.stride(),
+        0,
+        row_stride,
+        group_stride,
         group_offsets.numel() - 1,
         columns,
+        columns,
+        num_tiles,
     )
-    codec.launch(fp8_transpose_spec(), data, out_sf.shape[0] * -(-columns // TILE_COLUMNS), params)
+    columnwise.launch(fp8_transpose_spec(), data, params)
 
 
 @_fp8_transpose.register_fake

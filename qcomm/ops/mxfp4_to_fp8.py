@@ -13,7 +13,7 @@ from qcomm.ops import codec
 from qcomm.ops.codec import Divisor, pointer
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales, pack_scales
 
-VECS_PER_THREAD = 4
+VECS_PER_THREAD = 2
 
 
 class Mxfp4ToFp8Params(ctypes.Structure):
@@ -44,6 +44,7 @@ def mxfp4_to_fp8_spec(packed: bool, hadamard: bool, prescaled: bool) -> KernelSp
         hadamard=hadamard,
         prescaled=prescaled,
         vecs_per_thread=VECS_PER_THREAD,
+        threads=codec.THREADS,
         sizeof_params=ctypes.sizeof(Mxfp4ToFp8Params),
     )
 

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from qcomm import reference_columnwise, validate
+from qcomm.formats import BLOCK_SIZE
 from qcomm.jit import KernelSpec
 from qcomm.ops import codec, columnwise
 from qcomm.ops.codec import pointer
-from qcomm.ops.columnwise import GroupOffsets
+from qcomm.ops.columnwise import ColumnwiseParams, GroupOffsets, columnwise_spec
 from qcomm.tensors import FP8ColumnwiseTensor, MXFP4Tensor
-
-TILE_COLUMNS = 512
-"""Columns of a block: 64 a warp."""
-
-
-class Mxfp4ToFp8ColumnwiseParams(ctypes.Structure):
-    """See `Mxfp4ToFp8ColumnwiseParams` in kernels/mxfp4_to_fp8_columnwise.cu."""
-
-    _fields_ = (
-        ("qdata", ctypes.c_uint64),
-        ("sf", ctypes.c_uint64),
-        ("data", ctypes.c_uint64),
-        ("out_sf", ctypes.c_uint64),
-        ("group_offsets", ctypes.c_uint64),
-        ("overflows", ctypes.c_uint64),
-        ("num_groups", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("signs", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
-    )
 
 
 def mxfp4_to_fp8_columnwise_spec(hadamard: bool, prescaled: bool) -> KernelSpec:
     """Build the spec."""
-    return KernelSpec.of(
-        "mxfp4_to_fp8_columnwise",
-        "mxfp4_to_fp8_columnwise",
-        hadamard=hadamard,
-        prescaled=prescaled,
-        sizeof_params=ctypes.sizeof(Mxfp4ToFp8ColumnwiseParams),
-    )
+    return columnwise_spec("mxfp4_to_fp8_columnwise", hadamard=hadamard, prescaled=prescaled)
 
 
 def mxfp4_to_fp8_columnwise(
@@ -115,20 +88,23 @@ def _mxfp4_to_fp8_columnwise(
     codec.check_flat("out.data", data)
     codec.check_flat("out.sf", out_sf)
     qdata, sf = codec.flat(qdata), codec.flat(sf)
-    columns = out_sf.shape[1]
-    params = Mxfp4ToFp8ColumnwiseParams(
+    num_tiles, columns = out_sf.shape
+    params = ColumnwiseParams(
         qdata.data_ptr(),
         sf.data_ptr(),
         data.data_ptr(),
         out_sf.data_ptr(),
         group_offsets.data_ptr(),
         pointer(overflows),
+        columns // BLOCK_SIZE,
+        4,
         group_offsets.numel() - 1,
         columns,
+        columns // 2,
+        num_tiles,
         signs,
     )
-    grid = out_sf.shape[0] * -(-columns // TILE_COLUMNS)
-    codec.launch(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled), data, grid, params)
+    columnwise.launch(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled), data, params)
 
 
 @_mxfp4_to_fp8_columnwise.register_fake

@@ -19,7 +19,14 @@ _RULES, _ROUNDINGS = tuple(ScaleRule), tuple(Rounding)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SOURCES = (*_DTYPES, torch.float8_e4m3fn)
 """What the kernel reads; the index is its number there."""
-VECS_PER_THREAD = 2
+
+
+_FP8_VECS_PER_THREAD = 4
+
+
+def vecs_per_thread(source: torch.dtype) -> int:
+    """Return the blocks of 32 that a thread takes; of FP8 one alone would be too few bytes under way."""
+    return _FP8_VECS_PER_THREAD if source == torch.float8_e4m3fn else 1
 
 
 class QuantizeMxfp4Params(ctypes.Structure):
@@ -43,9 +50,18 @@ class QuantizeMxfp4Params(ctypes.Structure):
 
 
 def quantize_mxfp4_spec(
-    source: torch.dtype, scale_rule: ScaleRule, rounding: Rounding, hadamard: bool, clip_mask: bool
+    source: torch.dtype,
+    scale_rule: ScaleRule,
+    rounding: Rounding,
+    *,
+    hadamard: bool,
+    signs: bool,
+    clip_mask: bool,
+    flat_scales: bool,
 ) -> KernelSpec:
-    """Build the spec; the rules that go by the maximum share one kernel."""
+    """Build the spec; the rules that go by the maximum share one kernel, or two where some let values pass 6."""
+    stochastic = rounding is Rounding.STOCHASTIC
+    clamps = stochastic and (source == torch.float8_e4m3fn or scale_rule not in (ScaleRule.RCEIL, ScaleRule.CEIL))
     return KernelSpec.of(
         "quantize_mxfp4",
         "quantize_mxfp4",
@@ -53,9 +69,13 @@ def quantize_mxfp4_spec(
         stochastic=rounding is not Rounding.NEAREST,
         unbiased=rounding is Rounding.UNBIASED,
         hadamard=hadamard,
+        signs=signs,
+        threads=codec.THREADS,
+        vecs_per_thread=vecs_per_thread(source),
+        clamps=clamps,
+        flat_scales=flat_scales,
         quest=scale_rule is ScaleRule.QUEST,
         clip_mask=clip_mask,
-        vecs_per_thread=VECS_PER_THREAD,
         sizeof_params=ctypes.sizeof(QuantizeMxfp4Params),
     )
 
@@ -197,7 +217,7 @@ def _quantize_mxfp4(
     codec.check_flat("out.qdata", qdata)
     codec.check_flat("out.sf", sf)
     x = codec.flat(x)
-    num_vecs, vecs_per_row = codec.count_vecs(x), x.shape[-1] // codec.VEC
+    num_vecs, vecs_per_row = codec.count_vecs(x, BLOCK_SIZE), x.shape[-1] // BLOCK_SIZE
     row_stride, group_stride = (0, 0) if x_sf is None else x_sf.stride()
     params = QuantizeMxfp4Params(
         x.data_ptr(),
@@ -213,8 +233,16 @@ def _quantize_mxfp4(
         Quantizer(rule.addend, seed & 0xFFFFFFFF, seed >> 32, 0),
         signs,
     )
-    spec = quantize_mxfp4_spec(x.dtype, rule, how, hadamard, clipped is not None)
-    codec.launch(spec, x, codec.blocks(num_vecs, VECS_PER_THREAD), params)
+    spec = quantize_mxfp4_spec(
+        x.dtype,
+        rule,
+        how,
+        hadamard=hadamard,
+        signs=signs != 0,
+        clip_mask=clipped is not None,
+        flat_scales=x_sf is not None and x_sf.is_contiguous(),
+    )
+    codec.launch(spec, x, codec.blocks(num_vecs, vecs_per_thread(x.dtype)), params)
 
 
 @_quantize_mxfp4.register_fake

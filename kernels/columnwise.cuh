@@ -1,0 +1,203 @@
+// Tiles of the column-wise conversions: 128 rows of a group by 256 bytes, transposed in registers.
+//
+// A block copies one tile into shared memory, a warp has an eighth of its columns. Lane l holds 16
+// consecutive rows, from 16 * (l / 4) on, of the columns of l % 4; so a store of one column from eight lanes
+// covers the 128 bytes that its rows fill. Several blocks share an SM: while one loads, others convert and
+// store.
+#pragma once
+
+#include "align.cuh"
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTileRows = 128;
+constexpr int kTileBytes = 256;  // of a row
+constexpr int kWarpBytes = kTileBytes / kWarps;
+constexpr int kLaneRows = 16;
+constexpr int kLaneColumns = 4;  // lanes side by side
+constexpr int kLaneBytes = kWarpBytes / kLaneColumns;
+constexpr int kScaleStride = kTileRows + kTileRows / kLaneRows;
+
+// What every such kernel is given.
+struct ColumnwiseParams {
+    const uint8_t* x;              // [rows, row_bytes]
+    const uint8_t* x_sf;           // scales, four bytes at a time: see load_tile
+    uint8_t* data;                 // out: per group [columns, rows of the group]
+    float* out_sf;                 // out [tiles, columns]
+    const int32_t* group_offsets;  // [num_groups + 1]
+    uint64_t* overflows;           // in and out, or null
+    int64_t sf_row_stride;         // bytes
+    int64_t sf_word_stride;        // bytes
+    int32_t num_groups;
+    int32_t columns;
+    int32_t row_bytes;
+    int32_t num_tiles;
+    uint32_t signs;
+    uint32_t padding;
+};
+
+static_assert(sizeof(ColumnwiseParams) == QCOMM_SIZEOF_PARAMS, "qcomm/ops/columnwise.py holds the same");
+
+// A tile and its scales. Parts of 16 rows are swizzled so that those of a warp's lanes lie on different
+// banks.
+template <int kScaleWords>
+struct Stage {
+    __align__(128) uint8_t bytes[kTileRows * kTileBytes];
+    uint32_t scales[kScaleWords * kScaleStride];
+
+    // Where byte `byte` of row `row`, which is in part `part`, lies; the part's next rows follow kTileBytes
+    // apart.
+    __device__ __forceinline__ uint8_t* at(int part, int row, int byte) {
+        return bytes + row * kTileBytes + (byte ^ part * kWarpBytes % kTileBytes);
+    }
+    __device__ __forceinline__ uint32_t* scale(int part, int row, int word) {
+        return scales + word * kScaleStride + row + part;
+    }
+};
+
+struct Tile {
+    int number;      // among those of all groups
+    int first_byte;  // of its rows
+    int first_row;   // in the tensor
+    int num_rows;    // 0 if there is no such tile
+    int group_begin;
+    int group_rows;
+};
+
+// Finds the tile of block `job`: pieces of 256 bytes side by side, for each tile of the groups in order. The
+// whole warp calls it.
+__device__ __forceinline__ Tile find_tile(const ColumnwiseParams& p, int job) {
+    const int lane = threadIdx.x % 32;
+    Tile tile = {};
+    const int pieces = (p.row_bytes + kTileBytes - 1) / kTileBytes;
+    tile.number = job / pieces;
+    tile.first_byte = job % pieces * kTileBytes;
+    int number = tile.number;
+    for (int first = 0; first < p.num_groups; first += 32) {
+        const int group = first + lane;
+        const int begin = group < p.num_groups ? p.group_offsets[group] : 0;
+        const int rows = group < p.num_groups ? p.group_offsets[group + 1] - begin : 0;
+        const int tiles = (rows + kTileRows - 1) / kTileRows;
+        int end = tiles;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(kAllLanes, end, step);
+            if (lane >= step) end += other;
+        }
+        const uint32_t past = __ballot_sync(kAllLanes, end > number);
+        if (past != 0) {
+            const int source = __ffs(past) - 1;
+            const int index = number - __shfl_sync(kAllLanes, end - tiles, source);
+            tile.group_begin = __shfl_sync(kAllLanes, begin, source);
+            tile.group_rows = __shfl_sync(kAllLanes, rows, source);
+            tile.first_row = tile.group_begin + index * kTileRows;
+            tile.num_rows = min(kTileRows, tile.group_rows - index * kTileRows);
+            return tile;
+        }
+        number -= __shfl_sync(kAllLanes, end, 31);
+    }
+    return tile;
+}
+
+// Starts the copy of a tile; what lies outside it becomes zero. Word w of a row's scales is for its w-th 128
+// columns.
+template <int kScaleWords>
+__device__ __forceinline__ void load_tile(const ColumnwiseParams& p, const Tile& tile,
+                                          Stage<kScaleWords>& stage) {
+    constexpr int kPieces = kTileBytes / 16, kPieceRows = kThreads / kPieces;
+    static_assert(kPieceRows == kLaneRows, "a pass fills one part");
+    static_assert(kThreads / kScaleWords % kLaneRows == 0, "a pass fills whole parts");
+    const int valid_bytes = min(kTileBytes, p.row_bytes - tile.first_byte);
+    const int piece_row = threadIdx.x / kPieces, byte = threadIdx.x % kPieces * 16;
+    const uint8_t* from =
+        p.x + static_cast<int64_t>(tile.first_row + piece_row) * p.row_bytes + tile.first_byte + byte;
+    const int num_rows = byte < valid_bytes ? tile.num_rows - piece_row : 0;
+#pragma unroll
+    for (int part = 0; part < kTileRows / kPieceRows; ++part) {
+        const int row = part * kPieceRows;
+        copy_async<16>(stage.at(part, row + piece_row, byte), from, row < num_rows);
+        from += static_cast<int64_t>(kPieceRows) * p.row_bytes;
+    }
+    constexpr int kScaleRows = kThreads / kScaleWords;
+    const int scale_row = threadIdx.x / kScaleWords, word = threadIdx.x % kScaleWords;
+    const int first_word = tile.first_byte / (kTileBytes / kScaleWords);
+    const uint8_t* scale_from =
+        p.x_sf + (tile.first_row + scale_row) * p.sf_row_stride + (first_word + word) * p.sf_word_stride;
+    const int num_scale_rows =
+        word * (kTileBytes / kScaleWords) < valid_bytes ? tile.num_rows - scale_row : 0;
+#pragma unroll
+    for (int row = 0; row < kTileRows; row += kScaleRows) {
+        const int part = row / kLaneRows + scale_row / kLaneRows;
+        copy_async<4>(stage.scale(part, row + scale_row, word), scale_from, row < num_scale_rows);
+        scale_from += kScaleRows * p.sf_row_stride;
+    }
+    copy_commit();
+}
+
+// This lane's place in a tile.
+__device__ __forceinline__ int lane_part() {
+    return threadIdx.x % 32 / kLaneColumns;
+}
+
+__device__ __forceinline__ int lane_row() {
+    return lane_part() * kLaneRows;
+}
+
+__device__ __forceinline__ int lane_byte() {
+    return threadIdx.x / 32 * kWarpBytes + threadIdx.x % kLaneColumns * kLaneBytes;
+}
+
+// Row r of this lane's bytes, word `word` of them, and the word of scales for them. The words are loaded each
+// time they are asked for: kept, those of all rows would take too many registers.
+template <int kScaleWords>
+__device__ __forceinline__ uint2 lane_bytes(Stage<kScaleWords>& stage, int r) {
+    return *reinterpret_cast<const uint2*>(stage.at(lane_part(), lane_row(), lane_byte()) + r * kTileBytes);
+}
+
+template <int kScaleWords>
+__device__ __forceinline__ uint32_t lane_word(Stage<kScaleWords>& stage, int r, int word) {
+    const uint8_t* row = stage.at(lane_part(), lane_row(), lane_byte()) + r * kTileBytes;
+    return reinterpret_cast<const volatile uint32_t*>(row)[word];
+}
+
+template <int kScaleWords>
+__device__ __forceinline__ uint32_t lane_scale(Stage<kScaleWords>& stage, int r) {
+    const int word = lane_byte() / (kTileBytes / kScaleWords);
+    return *static_cast<const volatile uint32_t*>(stage.scale(lane_part(), lane_row(), word) + r);
+}
+
+// Transposes four rows of four bytes.
+__device__ __forceinline__ void transpose4(uint32_t (&w)[4]) {
+    const uint32_t low01 = __byte_perm(w[0], w[1], 0x5140u), low23 = __byte_perm(w[2], w[3], 0x5140u);
+    const uint32_t high01 = __byte_perm(w[0], w[1], 0x7362u), high23 = __byte_perm(w[2], w[3], 0x7362u);
+    w[0] = __byte_perm(low01, low23, 0x5410u);
+    w[1] = __byte_perm(low01, low23, 0x7632u);
+    w[2] = __byte_perm(high01, high23, 0x5410u);
+    w[3] = __byte_perm(high01, high23, 0x7632u);
+}
+
+// Stores four columns: quads[i] holds rows 4i to 4i + 3 of each, transposed. `out` is where the first
+// column's rows of this lane go, the next column's lie group_rows bytes on.
+__device__ __forceinline__ void store_columns(uint8_t* out, int group_rows,
+                                              const uint32_t (&quads)[kLaneRows / 4][4]) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(c) * group_rows) =
+            make_uint4(quads[0][c], quads[1][c], quads[2][c], quads[3][c]);
+    }
+}
+
+// Where this lane's rows of a column go.
+__device__ __forceinline__ uint8_t* column_of(const ColumnwiseParams& p, const Tile& tile, int column) {
+    const int64_t group = static_cast<int64_t>(tile.group_begin) * p.columns;
+    const int row = tile.first_row - tile.group_begin + lane_row();
+    return p.data + group + static_cast<int64_t>(column) * tile.group_rows + row;
+}
+
+// The largest over the lanes that hold the same columns.
+__device__ __forceinline__ uint32_t max_over_rows(uint32_t v) {
+#pragma unroll
+    for (int step = kLaneColumns; step < 32; step *= 2)
+        v = max(v, __shfl_xor_sync(kAllLanes, v, step));
+    return v;
+}
