@@ -147,17 +147,17 @@ __device__ __forceinline__ int lane_byte() {
     return threadIdx.x / 32 * kWarpBytes + threadIdx.x % kLaneColumns * kLaneBytes;
 }
 
-// Row r of this lane's bytes, word `word` of them, and the word of scales for them. The words are loaded each
-// time they are asked for: kept, those of all rows would take too many registers.
+// Row r of this lane's bytes, two of them, and the word of scales for them. The latter are loaded each time
+// they are asked for: kept, those of all rows would take too many registers.
 template <int kScaleWords>
 __device__ __forceinline__ uint2 lane_bytes(Stage<kScaleWords>& stage, int r) {
     return *reinterpret_cast<const uint2*>(stage.at(lane_part(), lane_row(), lane_byte()) + r * kTileBytes);
 }
 
 template <int kScaleWords>
-__device__ __forceinline__ uint32_t lane_word(Stage<kScaleWords>& stage, int r, int word) {
+__device__ __forceinline__ uint32_t lane_pair(Stage<kScaleWords>& stage, int r, int pair) {
     const uint8_t* row = stage.at(lane_part(), lane_row(), lane_byte()) + r * kTileBytes;
-    return reinterpret_cast<const volatile uint32_t*>(row)[word];
+    return reinterpret_cast<const volatile uint16_t*>(row)[pair];
 }
 
 template <int kScaleWords>

@@ -52,9 +52,21 @@ __device__ __forceinline__ uint32_t nonzero_rows(Fp8Stage& stage) {
     return nonzero | __shfl_xor_sync(kAllLanes, nonzero, 2);
 }
 
+// Rescales this lane's rows where they are.
+__device__ __forceinline__ void rescale_rows(Fp8Stage& stage, int top_exponent) {
+#pragma unroll 1
+    for (int r = 0; r < kLaneRows; ++r) {
+        uint2* codes =
+            reinterpret_cast<uint2*>(stage.at(lane_part(), lane_row(), lane_byte()) + r * kTileBytes);
+        const float scale = __uint_as_float(lane_scale(stage, r));
+        *codes = make_uint2(rescale_word(codes->x, scale, top_exponent),
+                            rescale_word(codes->y, scale, top_exponent));
+    }
+}
+
 // A block of 256 threads for every tile and 256 columns, which are two groups. Reads and writes everything
 // once.
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
+extern "C" __global__ void __launch_bounds__(kThreads, 5)
     fp8_transpose(const __grid_constant__ ColumnwiseParams p) {
     __shared__ Fp8Stage stage;
     __shared__ uint32_t nonzero[kWarps][kParts], tops[kWarps], factors[kScaleWords][kScaleStride];
@@ -87,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     for (int w = 0; w < kWarpsPerGroup; ++w)
         top = max(top, tops[first_warp + w]);
     const uint32_t distance = top - min(scale >> 23, top);
-    factors[group][my_row + my_part] = all_shift ? half_pow2(min(distance, kLastDistance)) * 0x10001u : scale;
+    factors[group][my_row + my_part] = half_pow2(all_shift ? min(distance, kLastDistance) : 0) * 0x10001u;
     __syncthreads();
 
     const int column = tile.first_byte + lane_byte();
@@ -101,22 +113,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     if (lane_row() >= tile.num_rows) return;
     uint8_t* out = column_of(p, tile, column);
     const uint32_t* my_factors = &factors[group][lane_row() + lane_part()];
+    if (!all_shift) rescale_rows(stage, static_cast<int>(top) - 127);
     uint32_t quads[kLaneBytes / 4][kLaneRows / 4][4];
-    if (all_shift) {
 #pragma unroll
-        for (int r = 0; r < kLaneRows; ++r) {
-            const uint2 codes = lane_bytes(stage, r);
-            quads[0][r / 4][r % 4] = shift_word(codes.x, my_factors[r]);
-            quads[1][r / 4][r % 4] = shift_word(codes.y, my_factors[r]);
-        }
-    } else {
-#pragma unroll
-        for (int r = 0; r < kLaneRows; ++r) {
-            const uint2 codes = lane_bytes(stage, r);
-            const float row_scale = __uint_as_float(my_factors[r]);
-            quads[0][r / 4][r % 4] = rescale_word(codes.x, row_scale, static_cast<int>(top) - 127);
-            quads[1][r / 4][r % 4] = rescale_word(codes.y, row_scale, static_cast<int>(top) - 127);
-        }
+    for (int r = 0; r < kLaneRows; ++r) {
+        const uint2 codes = lane_bytes(stage, r);
+        quads[0][r / 4][r % 4] = shift_word(codes.x, my_factors[r]);
+        quads[1][r / 4][r % 4] = shift_word(codes.y, my_factors[r]);
     }
 #pragma unroll
     for (int half = 0; half < kLaneBytes / 4; ++half) {

@@ -93,8 +93,15 @@ __device__ __forceinline__ uint32_t amax_of_bf16(const uint32_t (&words)[kWords]
     return max(amax << 16, amax & 0xffff0000u);
 }
 
-// Eight codes looked up in a table of the bytes of eight magnitudes, with their signs where `signs` has bits,
-// which are tops of bytes: bytes of codes 0 to 3 and of codes 4 to 7.
+// Four codes looked up in a table of the bytes of eight magnitudes, with their signs where `signs` has bits,
+// which are tops of bytes.
+__device__ __forceinline__ uint32_t look_up4(uint32_t codes, uint32_t table_low, uint32_t table_high,
+                                             uint32_t signs) {
+    return __byte_perm(table_low, table_high, codes & 0x7777u) |
+           (__byte_perm(codes, codes << 4, 0x1504u) & signs);
+}
+
+// Eight codes: bytes of codes 0 to 3 and of codes 4 to 7.
 __device__ __forceinline__ void look_up(uint32_t codes, uint32_t table_low, uint32_t table_high,
                                         uint32_t signs, uint32_t& first, uint32_t& second) {
     const uint32_t index = codes & 0x77777777u, shifted = codes << 4;

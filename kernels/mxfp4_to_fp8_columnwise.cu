@@ -41,34 +41,27 @@ __device__ __forceinline__ void count_overflows(uint64_t* overflows, MxStage& st
 // Four rows' places in the table of alignment a word, of each thread.
 using Places = uint32_t[kLaneRows / 4][kThreads];
 
-// Converts this lane's rows by `entry(place)`, and stores them. Eight columns at a time, for want of
+// Converts this lane's rows by `entry(place)`, and stores them. Four columns at a time, for want of
 // registers; for the same reason the places are loaded each time, so that the compiler does not keep sixteen
 // entries.
 template <typename Entry>
 __device__ __forceinline__ void store_aligned(const Tile& tile, MxStage& stage, uint8_t* out,
                                               const volatile Places& places, const Entry& entry) {
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-        uint32_t quads[2][kLaneRows / 4][4];
+    for (int pair = 0; pair < kLaneBytes / 2; ++pair) {
+        uint32_t quads[kLaneRows / 4][4];
 #pragma unroll
         for (int i = 0; i < kLaneRows / 4; ++i) {
             const uint32_t four = places[i][threadIdx.x];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const uint32_t codes[1] = {lane_word(stage, 4 * i + r, half)};
-                uint32_t data[2];
-                align_codes(entry(__byte_perm(four, 0, 0x4440u + r)), codes, data);
-                quads[0][i][r] = data[0];
-                quads[1][i][r] = data[1];
+                const AlignEntry e = entry(__byte_perm(four, 0, 0x4440u + r));
+                quads[i][r] = look_up4(lane_pair(stage, 4 * i + r, pair), e.low, e.high, e.signs);
             }
-            transpose4(quads[0][i]);
-            transpose4(quads[1][i]);
+            transpose4(quads[i]);
         }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int64_t column = 8 * half + 4 * i;
-            store_columns(out + column * tile.group_rows, tile.group_rows, quads[i]);
-        }
+        store_columns(out, tile.group_rows, quads);
+        out += static_cast<int64_t>(4) * tile.group_rows;
     }
 }
 
@@ -167,7 +160,7 @@ __device__ __forceinline__ void requantize_tile(const ColumnwiseParams& p, const
 }
 
 // A block of 256 threads for every tile and 512 columns. Reads and writes everything once.
-extern "C" __global__ void __launch_bounds__(kThreads, kAligns ? 4 : 1)
+extern "C" __global__ void __launch_bounds__(kThreads, kAligns ? 5 : 1)
     mxfp4_to_fp8_columnwise(const __grid_constant__ ColumnwiseParams p) {
     __shared__ MxStage stage;
     const Tile tile = find_tile(p, blockIdx.x);

@@ -208,6 +208,7 @@ def _compile(spec: KernelSpec, arch: str, log: io.StringIO | None) -> bytes:
         include_path=[str(kernels_dir())],
         define_macro=[(f"QCOMM_{name}", str(value)) for name, value in spec.constants],
         ptxas_options=None if log is None else ["-v"],
+        no_cache=log is not None,  # what NVRTC takes from its own cache comes without a log
     )
     try:
         return bytes(Program(source.read_text(), "c++", options).compile("cubin", logs=log).code)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, Rounding, ScaleRule, WireFormat
+from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, Rounding, ScaleLayout, ScaleRule, WireFormat
 from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
 from qcomm.ops.comm import barrier_spec, decoding, encoding
@@ -62,7 +62,7 @@ def codec_specs() -> list[KernelSpec]:
             )
     for hadamard, prescaled in itertools.product((False, True), repeat=2):
         specs += (dequantize_spec(dtype, hadamard, prescaled) for dtype in DTYPES)
-        specs += (mxfp4_to_fp8_spec(packed, hadamard, prescaled) for packed in (False, True))
+        specs += (mxfp4_to_fp8_spec(layout, hadamard, prescaled) for layout in ScaleLayout)
         specs.append(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled))
     return list(dict.fromkeys(specs))
 

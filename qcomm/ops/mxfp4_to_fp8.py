@@ -10,10 +10,13 @@ from qcomm import reference, validate
 from qcomm.formats import FP8_GROUP_SIZE, ScaleLayout
 from qcomm.jit import KernelSpec
 from qcomm.ops import codec
-from qcomm.ops.codec import Divisor, pointer
+from qcomm.ops.codec import pointer
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales, pack_scales
 
 VECS_PER_THREAD = 2
+_LAYOUTS = tuple(ScaleLayout)
+_VECS_OF_A_WARP = 32
+_BLOCK_ROWS = VECS_PER_THREAD * codec.THREADS // _VECS_OF_A_WARP
 
 
 class Mxfp4ToFp8Params(ctypes.Structure):
@@ -25,22 +28,20 @@ class Mxfp4ToFp8Params(ctypes.Structure):
         ("data", ctypes.c_uint64),
         ("out_sf", ctypes.c_uint64),
         ("overflows", ctypes.c_uint64),
-        ("sf_row_stride", ctypes.c_int64),
         ("sf_group_stride", ctypes.c_int64),
-        ("num_vecs", ctypes.c_int32),
+        ("num_rows", ctypes.c_int32),
         ("vecs_per_row", ctypes.c_int32),
-        ("by_vecs_per_row", Divisor),
         ("signs", ctypes.c_uint32),
         ("padding", ctypes.c_uint32),
     )
 
 
-def mxfp4_to_fp8_spec(packed: bool, hadamard: bool, prescaled: bool) -> KernelSpec:
+def mxfp4_to_fp8_spec(sf_layout: ScaleLayout, hadamard: bool, prescaled: bool) -> KernelSpec:
     """Build the spec."""
     return KernelSpec.of(
         "mxfp4_to_fp8",
         "mxfp4_to_fp8",
-        packed=packed,
+        layout=_LAYOUTS.index(sf_layout),
         hadamard=hadamard,
         prescaled=prescaled,
         vecs_per_thread=VECS_PER_THREAD,
@@ -89,7 +90,8 @@ def mxfp4_to_fp8(
         data, sf = out.data, out.sf
         codec.check_out("out.data", data, (rows, columns), torch.float8_e4m3fn, x.device)
         codec.check_scales("out.sf", sf, rows, columns // FP8_GROUP_SIZE, sf_layout, x.device)
-    _mxfp4_to_fp8(x.qdata, x.sf, data, sf, spread_overflows, x.hadamard, x.hadamard_signs, x.prescaled)
+    layout = _LAYOUTS.index(sf_layout)
+    _mxfp4_to_fp8(x.qdata, x.sf, data, sf, spread_overflows, layout, x.hadamard, x.hadamard_signs, x.prescaled)
     return FP8Tensor(data, sf)
 
 
@@ -100,35 +102,38 @@ def _mxfp4_to_fp8(
     data: torch.Tensor,
     out_sf: torch.Tensor,
     overflows: torch.Tensor | None,
+    sf_layout: int,
     hadamard: bool,
     signs: int,
     prescaled: bool,
 ) -> None:
-    packed = out_sf.dtype == torch.int32
+    layout = _LAYOUTS[sf_layout]
     if qdata.device.type != "cuda":
         fp8, count = reference.mxfp4_to_fp8(MXFP4Tensor(qdata, sf, hadamard, signs, prescaled))
         data.copy_(fp8.data)
-        out_sf.copy_(pack_scales(fp8.sf) if packed else fp8.sf)
+        out_sf.copy_(pack_scales(fp8.sf) if layout is ScaleLayout.PACKED_UE8M0 else fp8.sf)
         if overflows is not None:
             overflows += count
         return
     codec.check_flat("out.data", data)
     qdata, sf = codec.flat(qdata), codec.flat(sf)
-    num_vecs, vecs_per_row = codec.count_vecs(data), data.shape[1] // codec.VEC
+    rows, vecs_per_row = data.shape[0], data.shape[1] // codec.VEC
     params = Mxfp4ToFp8Params(
         qdata.data_ptr(),
         sf.data_ptr(),
         data.data_ptr(),
         out_sf.data_ptr(),
         pointer(overflows),
-        *out_sf.stride(),
-        num_vecs,
+        out_sf.stride(1),
+        rows,
         vecs_per_row,
-        Divisor.of(max(1, vecs_per_row)),
         signs,
     )
-    spec = mxfp4_to_fp8_spec(packed, hadamard, prescaled)
-    codec.launch(spec, data, codec.blocks(num_vecs, VECS_PER_THREAD), params)
+    if layout is ScaleLayout.ROW_MAJOR:
+        grid = codec.blocks(codec.count_vecs(data), VECS_PER_THREAD)
+    else:
+        grid = -(-rows // _BLOCK_ROWS) * -(-vecs_per_row // _VECS_OF_A_WARP)
+    codec.launch(mxfp4_to_fp8_spec(layout, hadamard, prescaled), data, grid, params)
 
 
 @_mxfp4_to_fp8.register_fake
@@ -138,6 +143,7 @@ def _(
     data: torch.Tensor,
     out_sf: torch.Tensor,
     overflows: torch.Tensor | None,
+    sf_layout: int,
     hadamard: bool,
     signs: int,
     prescaled: bool,

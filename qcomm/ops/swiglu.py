@@ -19,11 +19,13 @@ MAX_GROUPS = 2**30
 """Kernels number groups of 128 in an int, and may go past the last by a tile."""
 FORWARD_GROUPS_PER_WARP = 4
 """A thread has 16 elements of h: its FP8 codes are one 16-byte store."""
-BACKWARD_GROUPS_PER_WARP = 2
-"""A thread has 8 elements of grad_h: eight of gate's or up's gradient are one 16-byte store."""
+WEIGHTED_GROUPS_PER_WARP = 8
+"""With weights twice as many, so that as many loads are under way while the weights come."""
+BACKWARD_GROUPS_PER_WARP = 4
 _WARPS = 4
+_BACKWARD_WARPS = 2
 _PROGRAMS_TO_FILL = 256
-"""Below so many programs of four warps, programs are of one, to reach more SMs."""
+"""Below so many programs of `_WARPS` warps, programs are of one, to reach more SMs."""
 _SUM_TILE = 1024
 
 
@@ -35,10 +37,10 @@ class Tile:
     num_warps: int
 
 
-def pick_tile(num_groups: int, groups_per_warp: int) -> Tile:
-    """Pick the tile; results do not depend on it."""
+def pick_tile(num_groups: int, groups_per_warp: int, num_warps: int = _WARPS) -> Tile:
+    """Pick the tile, of so many warps if enough programs remain; results do not depend on it."""
     fills = num_groups >= _PROGRAMS_TO_FILL * _WARPS * groups_per_warp
-    num_warps = _WARPS if fills else 1
+    num_warps = num_warps if fills else 1
     return Tile(groups_per_warp * num_warps, num_warps)
 
 
@@ -219,7 +221,7 @@ def launch_forward(
     num_groups = h.shape[0] * groups_per_row
     if num_groups == 0:
         return
-    tile = tile or pick_tile(num_groups, FORWARD_GROUPS_PER_WARP)
+    tile = tile or pick_tile(num_groups, FORWARD_GROUPS_PER_WARP if weights is None else WEIGHTED_GROUPS_PER_WARP)
     kernels().swiglu_forward[(-(-num_groups // tile.groups),)](
         x.view(torch.int32),
         weights,
@@ -252,7 +254,7 @@ def launch_backward(
     num_groups = rows * groups_per_row
     if num_groups == 0:
         return
-    tile = tile or pick_tile(num_groups, BACKWARD_GROUPS_PER_WARP)
+    tile = tile or pick_tile(num_groups, BACKWARD_GROUPS_PER_WARP, _BACKWARD_WARPS)
     partials = None
     if grad_weights is not None:
         partials = torch.empty(rows, groups_per_row, dtype=torch.float32, device=grad_h.device)
