@@ -26,6 +26,7 @@ from qcomm import (
     reference,
     reference_columnwise,
 )
+from qcomm.tensors import empty_scales
 
 ROWS, COLUMNS = 256, 384
 
@@ -157,17 +158,19 @@ def _operator_calls(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     codes = empty(ROWS, COLUMNS // 2), empty(ROWS, COLUMNS // 32)
     e4m3, floats = torch.float8_e4m3fn, torch.float32
     data, sf = empty(ROWS, COLUMNS, dtype=e4m3), empty(ROWS, COLUMNS // 128, dtype=floats)
+    packed_sf = empty_scales(ROWS, COLUMNS // 128, ScaleLayout.PACKED_UE8M0, device).zero_()
     columns, tiles = empty(ROWS * COLUMNS, dtype=e4m3), empty(ROWS // 128, COLUMNS, dtype=floats)
     clipped = empty(ROWS, COLUMNS, dtype=torch.bool)
     ops = torch.ops.qcomm
+    row_major, packed = (list(ScaleLayout).index(n) for n in (ScaleLayout.ROW_MAJOR, ScaleLayout.PACKED_UE8M0))
     even, quest = list(ScaleRule).index(ScaleRule.EVEN), list(ScaleRule).index(ScaleRule.QUEST)
     return [
         (ops.quantize_mxfp4, (x.dense, None, *codes, None, even, 0, 0, False, 0)),
         (ops.quantize_mxfp4, (x.dense, None, *codes, clipped, quest, 0, 0, True, 77)),
         (ops.quantize_mxfp4, (x.fp8.data, x.fp8.sf, *codes, None, even, 1, -5, False, 0)),
         (ops.dequantize, (x.mxfp4.qdata, x.mxfp4.sf, empty(ROWS, COLUMNS, dtype=torch.bfloat16), True, 77, False)),
-        (ops.mxfp4_to_fp8, (x.mxfp4.qdata, x.mxfp4.sf, data, sf, x.counter, False, 0, False)),
-        (ops.mxfp4_to_fp8, (x.mxfp4.qdata, x.mxfp4.sf, data, sf, None, False, 0, True)),
+        (ops.mxfp4_to_fp8, (x.mxfp4.qdata, x.mxfp4.sf, data, sf, x.counter, row_major, False, 0, False)),
+        (ops.mxfp4_to_fp8, (x.mxfp4.qdata, x.mxfp4.sf, data, packed_sf, None, packed, False, 0, True)),
         (
             ops.mxfp4_to_fp8_columnwise,
             (x.mxfp4.qdata, x.mxfp4.sf, columns, tiles, x.group_offsets, x.counter, False, 0, False),
