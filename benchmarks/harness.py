@@ -351,14 +351,13 @@ def command(launch: Launch, name: str) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout, None outside one."""
+    """Return the commit of the checkout, with `-dirty` where tracked files differ from it; None outside one."""
     folder = resources.checkout()
     if folder is None:
         return None
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=False
-        )
+        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -213,3 +213,44 @@ def test_quality_table_tool(tmp_path: Path) -> None:
         "| fp8 | 0.070 | 0.070 |",
         "| mxfp4 to fp8, row | 0.000 (3) | 0.000 (3) |",
     ]
+
+
+def test_storage_table_tool(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- bench:dispatch -->\n<!-- /bench:dispatch -->\n")
+    page = tmp_path / "docs" / "storage.md"
+    results = tmp_path / "benchmarks" / "results" / "storage-h200.jsonl"
+    page.parent.mkdir()
+    results.parent.mkdir(parents=True)
+    page.write_text("Before.\n<!-- bench:storage -->\n<!-- /bench:storage -->\nAfter.\n")
+    plain = {
+        "benchmark": "storage",
+        "command": "python -m qcomm bench storage",
+        "commit": "0123456789abcdef-dirty",
+        "machine": {"devices": "1 x NVIDIA H200", "torch": "2.11.0"},
+        "geometry": {"tokens": 4096, "batch": 2, "hidden": 512, "intermediate": 1024},
+        "iterations": 20,
+        "seed": 0,
+        "saving": "plain",
+        "held_bytes": 700_000_000,
+        "peak_bytes": 900_000_000,
+        "total_p50_ms": 10.0,
+        "dx_error_percent": 0.0,
+        "dw_error_percent": 0.0,
+    }
+    saved = {"saving": "mxfp4", "held_bytes": 200_000_000, "total_p50_ms": 12.5, "dw_error_percent": 2.25}
+    rows = [{**plain, "commit": "older"}, plain, {**plain, **saved}]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tool = [sys.executable, str(TABLE_TOOL), "--repo", str(tmp_path)]
+    assert "docs/storage.md must hold the table" in run([*tool, "--check"], code=1)
+    assert "FILE must be given" in run(tool, code=1)
+    run([*tool, "--check"])
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert [line for line in text.splitlines() if line.startswith("| ")] == [
+        "| saving | held MB | peak MB | ms | dx error % | dw error % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| plain | 700.0 | 900.0 | 10.00 | 0.000 | 0.000 |",
+        "| mxfp4 | 200.0 | 900.0 | 12.50 | 0.000 | 2.250 |",
+    ]
+    assert "commit 0123456789ab-dirty" in text

@@ -3,7 +3,8 @@
 FILE holds JSON lines of `python -m qcomm bench dispatch --json FILE`, in the repository; its last run is taken. Without
 FILE it is the file that the table links to, or else the only one in benchmarks/results/ with lines of that benchmark.
 The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists;
-the tables of docs/performance.md, and the README's of the codec, that of benchmarks/results/codec-h200.jsonl.
+the tables of docs/performance.md, and the README's of the codec, that of benchmarks/results/codec-h200.jsonl; the
+table of docs/storage.md that of benchmarks/results/storage-h200.jsonl.
 --check writes nothing and exits with 1 if a table is out of date, or is not there though there are results.
 """
 
@@ -35,6 +36,10 @@ HEADLINE = (("p50_us", 1), ("gbs", 0), ("share", 3))
 CHAINS = ("unfused chain", "compiled unfused chain")
 CODEC_RUN_KEYS = ("command", "commit", "machine", "arch", "sizes", "iterations", "seed", "ceiling_gbs")
 
+STORAGE_PAGE, STORAGE_RESULTS = "docs/storage.md", f"{RESULTS}/storage-h200.jsonl"
+STORAGE_BEGIN, STORAGE_END = "<!-- bench:storage -->", "<!-- /bench:storage -->"
+STORAGE_RUN_KEYS = ("command", "commit", "machine", "geometry", "iterations", "seed")
+
 Line = dict[str, Any]
 
 
@@ -50,6 +55,13 @@ def split(page: Path, begin_mark: str = BEGIN, end_mark: str = END) -> tuple[str
 def dispatch_lines(path: Path) -> list[Line]:
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     return [line for line in lines if line["benchmark"] == "dispatch"]
+
+
+def short_commit(line: Line) -> str:
+    if not line["commit"]:
+        return "unknown"
+    sha, *dirty = line["commit"].split("-")
+    return "-".join((sha[:12], *dirty))
 
 
 def find_results(block: str, repo: Path) -> Path | None:
@@ -105,7 +117,7 @@ def render(path: Path, repo: Path) -> str:
         "dispatch routes, and waits on the host for the counts; static routes and does not wait; replay has the",
         "route already.",
         f"Command: `{first['command']}`,",
-        f"commit {first['commit'][:12] if first['commit'] else 'unknown'}. {LINK}{name}]({name}).",
+        f"commit {short_commit(first)}. {LINK}{name}]({name}).",
     ]
     laid_out = "".join(f"| {' | '.join(row)} |\n" for row in table)
     return f"{laid_out}\n" + "".join(f"{line}\n" for line in about)
@@ -118,28 +130,27 @@ def quality_cell(line: Line) -> str:
 
 def render_quality(path: Path) -> str:
     """Returns the block of docs/formats.md: a row a conversion, a column a source, of the last run."""
-    lines: list[Line] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    last = lines[-1]
-    run = [line for line in lines if all(line[key] == last[key] for key in QUALITY_RUN_KEYS)]
+    run = read_last_run(path, QUALITY_RUN_KEYS)
+    last = run[-1]
     by_name = {(line["conversion"], line["source"]): line for line in run}
     sources = list(dict.fromkeys(line["source"] for line in run))
     table = [("conversion", *sources), ("---", *("---:" for _ in sources))]
     names = dict.fromkeys(line["conversion"] for line in run)
     table += [(name, *(quality_cell(by_name[name, source]) for source in sources)) for name in names]
-    machine, commit = last["machine"], last["commit"]
+    machine = last["machine"]
     about = (
         f"[{last['rows']}, {last['columns']}] each, seed {last['seed']}; {machine['devices']},",
         f"torch {machine['torch']}.",
         f"Command: `{last['command']}`,",
-        f"commit {commit[:12] if commit else 'unknown'}. All rows: [{QUALITY_RESULTS}](../{QUALITY_RESULTS}).",
+        f"commit {short_commit(last)}. All rows: [{QUALITY_RESULTS}](../{QUALITY_RESULTS}).",
     )
     return "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n" + "".join(f"{line}\n" for line in about)
 
 
-def codec_run(path: Path) -> list[Line]:
-    """Returns the lines of the last run."""
+def read_last_run(path: Path, keys: Sequence[str]) -> list[Line]:
+    """Returns the lines of the last run; `keys` tell one run from another."""
     lines: list[Line] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [line for line in lines if all(line[key] == lines[-1][key] for key in CODEC_RUN_KEYS)]
+    return [line for line in lines if all(line[key] == lines[-1][key] for key in keys)]
 
 
 def of_row(lines: list[Line], *rows: str) -> list[Line]:
@@ -161,12 +172,12 @@ def markdown(headers: Sequence[str], num_texts: int, rows: Sequence[Sequence[str
 
 
 def codec_about(first: Line, up: str) -> str:
-    machine, commit = first["machine"], first["commit"]
+    machine = first["machine"]
     lines = (
         f"{machine['devices']}, torch {machine['torch']}; p50 of {first['iterations']} calls, L2 full of clean lines",
         f"before each. Ceiling: a copy of BF16 [16384, 7168], {first['ceiling_gbs']:.0f} GB/s read and written.",
         f"Command: `{first['command']}`,",
-        f"commit {commit[:12] if commit else 'unknown'}. {LINK}{CODEC_RESULTS}]({up}{CODEC_RESULTS}).",
+        f"commit {short_commit(first)}. {LINK}{CODEC_RESULTS}]({up}{CODEC_RESULTS}).",
     )
     return "".join(f"{line}\n" for line in lines)
 
@@ -248,6 +259,31 @@ def render_codec_headline(lines: list[Line]) -> str:
     return "\n".join([*parts, "".join([f"BF16 size {size}.\n", *faster, codec_about(lines[0], "")])])
 
 
+def render_storage(lines: list[Line]) -> str:
+    """Returns the block of docs/storage.md: a row a way of saving."""
+    first = lines[0]
+    rows = [
+        (
+            line["saving"],
+            f"{line['held_bytes'] / 1e6:.1f}",
+            f"{line['peak_bytes'] / 1e6:.1f}",
+            f"{line['total_p50_ms']:.2f}",
+            f"{line['dx_error_percent']:.3f}",
+            f"{line['dw_error_percent']:.3f}",
+        )
+        for line in lines
+    ]
+    sizes, machine = first["geometry"], first["machine"]
+    about = (
+        f"BF16 [{sizes['batch']}, {sizes['tokens']}, {sizes['hidden']}], intermediate {sizes['intermediate']};",
+        f"{machine['devices']}, torch {machine['torch']}; p50 of {first['iterations']} calls, forward and backward.",
+        f"Command: `{first['command']}`,",
+        f"commit {short_commit(first)}. {LINK}{STORAGE_RESULTS}](../{STORAGE_RESULTS}).",
+    )
+    headers = ("saving", "held MB", "peak MB", "ms", "dx error %", "dw error %")
+    return markdown(headers, 1, rows) + "\n" + "".join(f"{line}\n" for line in about)
+
+
 def put(page: Path, repo: Path, results: str, marks: tuple[str, str], wanted: str, check: bool) -> None:
     """Writes a block of a page, or exits if it is another."""
     before, block, after = split(page, *marks)
@@ -268,9 +304,16 @@ def update_quality(repo: Path, check: bool) -> None:
 def update_codec(repo: Path, check: bool) -> None:
     path = repo / CODEC_RESULTS
     if path.exists():
-        lines, marks = codec_run(path), (CODEC_BEGIN, CODEC_END)
+        lines, marks = read_last_run(path, CODEC_RUN_KEYS), (CODEC_BEGIN, CODEC_END)
         put(repo / CODEC_PAGE, repo, CODEC_RESULTS, marks, render_codec(lines, path.with_suffix(".svg")), check)
         put(repo / "README.md", repo, CODEC_RESULTS, marks, render_codec_headline(lines), check)
+
+
+def update_storage(repo: Path, check: bool) -> None:
+    path = repo / STORAGE_RESULTS
+    if path.exists():
+        wanted = render_storage(read_last_run(path, STORAGE_RUN_KEYS))
+        put(repo / STORAGE_PAGE, repo, STORAGE_RESULTS, (STORAGE_BEGIN, STORAGE_END), wanted, check)
 
 
 def main() -> None:
@@ -282,6 +325,7 @@ def main() -> None:
     repo = given.repo.resolve()
     update_quality(repo, given.check)
     update_codec(repo, given.check)
+    update_storage(repo, given.check)
     readme = repo / "README.md"
     before, block, after = split(readme)
     path = given.file or find_results(block, repo)
