@@ -2,7 +2,9 @@
 #pragma once
 
 #include "mxfp4.cuh"
+#include "stand_in.cuh"
 
+constexpr uint32_t kMinNormalBits = 1u << 23;
 constexpr uint32_t kMaxPackedScale = 248;              // the factor of a tenth is still a normal bf16
 constexpr uint32_t kSafeLowBits = (127 - 90) << 23;    // 2^-90
 constexpr uint32_t kSafeHighBits = (127 + 100) << 23;  // 2^100
@@ -287,13 +289,28 @@ __device__ __forceinline__ bool power_of_two(float scale, int& exponent) {
     return (bits & 0x007fffffu) == 0 && bits - 1 < kInfinityBits - 1;
 }
 
-// Quantizes FP8 under a scale of 2^exponent to the nearest, two elements an instruction, as bf16 above but in
-// FP16, onto 1024. Returns false, with no result, where the scale byte would have to be clamped; the lanes of
-// a block agree.
+// The product rounded to odd, which no later rounding to fewer bits can tell from the exact one. Not for
+// products below the normal numbers.
+__device__ __forceinline__ float multiply_to_odd(float a, float b) {
+    const float product = __fmul_rz(a, b);
+    const bool inexact = __fmaf_rn(a, b, -product) != 0.0f;
+    return __uint_as_float(__float_as_uint(product) | (inexact ? 1u : 0u));
+}
+
+// Quantizes FP8 to the nearest, two elements an instruction, as bf16 above but in FP16, onto 1024, and with
+// stand-ins for the scale's mantissa. Returns false, with no result, where the scale is no normal number
+// above 0 or the scale byte would have to be clamped; the lanes of a block agree.
 template <int kWords>
-__device__ __forceinline__ bool quantize_e4m3(const uint32_t (&words)[kWords], int exponent,
+__device__ __forceinline__ bool quantize_e4m3(const uint32_t (&words)[kWords], float scale,
                                               const Quantizer& quantizer, Mxfp4Vec<4 * kWords>& out) {
     constexpr int N = 4 * kWords;
+    const uint32_t scale_bits = __float_as_uint(scale);
+    if (scale_bits - kMinNormalBits >= kInfinityBits - kMinNormalBits) return false;
+    const int exponent = static_cast<int>(scale_bits >> kMantissaBits) - 127;
+    const uint32_t mantissa = scale_bits & ((1u << kMantissaBits) - 1);
+    const uint4* cells = reinterpret_cast<const uint4*>(kStandIns.cells);
+    const uint4 cell = __ldg(cells + mantissa / ((1u << kMantissaBits) / kStandInCells));
+    const uint32_t stand_in = mantissa < cell.x ? cell.y : cell.z;  // StandIn's bound, below and above
     uint32_t numbers[N / 2], magnitudes[N / 2], codes[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
@@ -304,15 +321,19 @@ __device__ __forceinline__ bool quantize_e4m3(const uint32_t (&words)[kWords], i
     out = {};
     out.sf = kE8m0Nan;
     if (amax >= 0x7c00u) return true;
-    // The exponent and the mantissa of an FP16 that is normal, as those of a float.
-    const uint32_t rounded = (amax << 13) + ((127 - 15) << 23) + quantizer.scale_addend;
-    const int binade = amax == 0 ? -exponent - kE8m0Bias : static_cast<int>(rounded >> 23) - kE8m0Bias - 2;
+    // An E4M3 code is a normal FP16: here with the exponent and mantissa of a float.
+    const float largest = __uint_as_float((amax << 13) + ((127 - 15) << kMantissaBits));
+    const float product = multiply_to_odd(largest, __uint_as_float(mantissa | 127 << kMantissaBits));
+    const uint32_t rounded = __float_as_uint(product) + quantizer.scale_addend;
+    const int binade =
+        amax == 0 ? -exponent - kE8m0Bias : static_cast<int>(rounded >> kMantissaBits) - kE8m0Bias - 2;
     const int sf = binade + exponent + kE8m0Bias;
     if (static_cast<uint32_t>(sf) > kE8m0Max) return false;
     out.sf = static_cast<uint32_t>(sf);
     const int shift = amax == 0 ? 0 : -binade * 1024;
-    const uint32_t by2 = (0x4000 + shift) * 0x10001u, by1 = (0x3c00 + shift) * 0x10001u;
-    const uint32_t by_tenth = (0x2e66 + shift) * 0x10001u;
+    const uint32_t by1 = __byte_perm(stand_in, 0, 0x1010u) + shift * 0x10001u;
+    const uint32_t by2 = by1 + 0x04000400u;
+    const uint32_t by_tenth = __byte_perm(stand_in, 0, 0x3232u) + shift * 0x10001u;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
         const uint32_t x = magnitudes[i];
@@ -324,8 +345,7 @@ __device__ __forceinline__ bool quantize_e4m3(const uint32_t (&words)[kWords], i
 }
 
 // Splits an FP8 group's scale into a mantissa, with which to multiply the codes, and an exponent; after it, v
-// holds data * mantissa rounded to odd, which no later rounding to fewer bits can tell from the exact
-// product.
+// holds data * mantissa rounded to odd.
 template <int N>
 __device__ __forceinline__ int scale_to_odd(float (&v)[N], float scale) {
     if (!isfinite(scale) || scale == 0.0f) {
@@ -344,9 +364,7 @@ __device__ __forceinline__ int scale_to_odd(float (&v)[N], float scale) {
     const float mantissa = __uint_as_float((bits & 0x807fffffu) | 0x3f800000u);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const float product = __fmul_rz(v[i], mantissa);
-        const bool inexact = __fmaf_rn(v[i], mantissa, -product) != 0.0f;
-        v[i] = __uint_as_float(__float_as_uint(product) | (inexact ? 1u : 0u));
+        v[i] = multiply_to_odd(v[i], mantissa);
     }
     return exponent;
 }

@@ -246,8 +246,7 @@ __device__ __forceinline__ bool quantize_packed(const uint32_t (&words)[kWords],
         out = quantize_bf16(words, quantizer);
         return true;
     } else if constexpr (kPacked && kFrom == kFp8) {
-        int exponent = 0;
-        return power_of_two(scale, exponent) && quantize_e4m3(words, exponent, quantizer, out);
+        return quantize_e4m3(words, scale, quantizer, out);
     }
     return false;
 }
@@ -258,7 +257,7 @@ __device__ __forceinline__ void write(const QuantizeMxfp4Params& p, int vec, con
 }
 
 // Any number of blocks of kThreads threads. A thread takes kVecsPerThread blocks of 32, and loads one while
-// it works on the one before. Reads x once, but for FP8 whose scales are no powers of two, and writes every
+// it works on the one before. Reads x once, but for FP8 whose scales are extreme, and writes every
 // output once.
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     quantize_mxfp4(const __grid_constant__ QuantizeMxfp4Params p) {

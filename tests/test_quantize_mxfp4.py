@@ -174,7 +174,10 @@ def test_float32_near_every_threshold(device: str, rule: ScaleRule) -> None:
 @pytest.mark.parametrize("options", [*(rule.name for rule in MAXIMUM_RULES), "stochastic", "unbiased"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_e4m3_code_under_every_scale(device: str, options: str) -> None:
-    """All powers of two of float32, random scales, and 0, subnormals, infinity and NaN."""
+    """All powers of two of float32, random scales, 0, subnormals, infinity and NaN.
+
+    And scales next to the quotient of a half-way point between E2M1 numbers and a code, where codes change.
+    """
     rng = np.random.default_rng(6)
     codes = torch.cat([all_e4m3().view(torch.uint8)] * 2)
     codes = torch.stack([codes[torch.from_numpy(rng.permutation(512))] for _ in range(2)])
@@ -182,7 +185,9 @@ def test_every_e4m3_code_under_every_scale(device: str, options: str) -> None:
     powers = np.ldexp(np.float32(1), np.arange(-149, 128))
     random = np.abs(random_float32(rng, (299,)))
     special = np.array([0, -0.0, np.inf, np.nan, 1e-45, 1e-41, 3.4e38, 2.0**-126], dtype=np.float32)
-    sf = torch.from_numpy(np.concatenate([powers, random, special]))
+    quotients = np.float32(np.divide.outer([4, 5, 6, 7], np.arange(8, 16)).ravel())
+    near = np.concatenate([np.nextafter(quotients, np.float32(side)) for side in (0, 9)])
+    sf = torch.from_numpy(np.concatenate([powers, random, special, quotients, near]))
     x = FP8Tensor(codes.repeat(len(sf), 1).view(torch.float8_e4m3fn), sf.repeat_interleave(2)[:, None].repeat(1, 4))
     _check(moved(x, device), oracle="same", **OPTIONS[options])
 
