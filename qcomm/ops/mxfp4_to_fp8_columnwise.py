@@ -107,16 +107,4 @@ def _mxfp4_to_fp8_columnwise(
     columnwise.launch(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled), data, params)
 
 
-@_mxfp4_to_fp8_columnwise.register_fake
-def _(
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
-    data: torch.Tensor,
-    out_sf: torch.Tensor,
-    group_offsets: torch.Tensor,
-    overflows: torch.Tensor | None,
-    hadamard: bool,
-    signs: int,
-    prescaled: bool,
-) -> None:
-    return None
+_mxfp4_to_fp8_columnwise.register_fake(codec.only_writes)

@@ -245,17 +245,4 @@ def _quantize_mxfp4(
     codec.launch(spec, x, codec.blocks(num_vecs, vecs_per_thread(x.dtype)), params)
 
 
-@_quantize_mxfp4.register_fake
-def _(
-    x: torch.Tensor,
-    x_sf: torch.Tensor | None,
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
-    clipped: torch.Tensor | None,
-    scale_rule: int,
-    rounding: int,
-    seed: int,
-    hadamard: bool,
-    signs: int,
-) -> None:
-    return None
+_quantize_mxfp4.register_fake(codec.only_writes)

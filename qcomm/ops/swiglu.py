@@ -308,17 +308,7 @@ def _swiglu_forward(
         launch_forward(codec.flat(x), _contiguous(weights), h, h_sf, qdata, sf, rule)
 
 
-@_swiglu_forward.register_fake
-def _(
-    x: torch.Tensor,
-    weights: torch.Tensor | None,
-    h: torch.Tensor,
-    h_sf: torch.Tensor,
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
-    scale_rule: int,
-) -> None:
-    return None
+_swiglu_forward.register_fake(codec.only_writes)
 
 
 @torch.library.custom_op("qcomm::swiglu_backward", mutates_args=("grad_x", "grad_weights"))
@@ -345,16 +335,7 @@ def _swiglu_backward(
         )
 
 
-@_swiglu_backward.register_fake
-def _(
-    grad_h: torch.Tensor,
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
-    weights: torch.Tensor | None,
-    grad_x: torch.Tensor,
-    grad_weights: torch.Tensor | None,
-) -> None:
-    return None
+_swiglu_backward.register_fake(codec.only_writes)
 
 
 def _contiguous(weights: torch.Tensor | None) -> torch.Tensor | None:
