@@ -257,8 +257,8 @@ __device__ __forceinline__ void write(const QuantizeMxfp4Params& p, int vec, con
 }
 
 // Any number of blocks of kThreads threads. A thread takes kVecsPerThread blocks of 32, and loads one while
-// it works on the one before. Reads x once, but for FP8 whose scales are extreme, and writes every
-// output once.
+// it works on the one before. Reads x once, but for FP8 whose scales are extreme, and writes every output
+// once.
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     quantize_mxfp4(const __grid_constant__ QuantizeMxfp4Params p) {
     Input next = read(p, vec_of(0));

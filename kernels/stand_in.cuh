@@ -60,16 +60,14 @@ __device__ constexpr StandIns make_stand_ins() {
     StandIns out = {};
     for (int i = 0; i < kStandInCells; ++i) {
         const double start = 1 + static_cast<double>(i) / kStandInCells, end = start + 1.0 / kStandInCells;
-        const double q = next_quotient(end, false, false);
+        const bool starts = next_quotient(start, false, false) == start;
+        const double q = starts ? start : next_quotient(start, false, true);
         StandIn& cell = out.cells[i];
         cell.below = stand_in(start, true);
         cell.above = cell.below;
-        // The end's own quotient is the next cell's.
-        const double inside = q == end ? next_quotient(end - 1e-9, false, false) : q;
-        if (inside < start) continue;
-        const double scaled = (inside - 1) * (1 << kMantissaBits);
-        cell.bound = static_cast<uint32_t>(scaled) + 1;
-        cell.above = stand_in(inside, false);
+        if (q >= end) continue;
+        cell.bound = static_cast<uint32_t>((q - 1) * (1 << kMantissaBits)) + 1;
+        cell.above = stand_in(q, false);
     }
     return out;
 }
