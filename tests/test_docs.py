@@ -176,13 +176,27 @@ def test_table_tool(tmp_path: Path) -> None:
     assert "README.md must hold the table" in run([*tool, "--check"], code=1)
 
 
-def test_quality_table_tool(tmp_path: Path) -> None:
+def written_table(tmp_path: Path, page_name: str, block: str, results_name: str, rows: list[dict[str, object]]) -> str:
+    """A page whose block is out of date, then written from these results; where no others are."""
     (tmp_path / "README.md").write_text("<!-- bench:dispatch -->\n<!-- /bench:dispatch -->\n")
-    page = tmp_path / "docs" / "formats.md"
-    results = tmp_path / "benchmarks" / "results" / "quality-cpu.jsonl"
+    page = tmp_path / "docs" / page_name
+    results = tmp_path / "benchmarks" / "results" / results_name
     page.parent.mkdir()
     results.parent.mkdir(parents=True)
-    page.write_text("Before.\n<!-- bench:quality -->\n<!-- /bench:quality -->\nAfter.\n")
+    page.write_text(f"Before.\n<!-- bench:{block} -->\n<!-- /bench:{block} -->\nAfter.\n")
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tool = [sys.executable, str(TABLE_TOOL), "--repo", str(tmp_path)]
+    assert f"docs/{page_name} must hold the table" in run([*tool, "--check"], code=1)
+    # The dispatch table has no results here, which comes after.
+    assert "FILE must be given" in run(tool, code=1)
+    run([*tool, "--check"])
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    return text
+
+
+def test_quality_table_tool(tmp_path: Path) -> None:
     about = {
         "benchmark": "quality",
         "command": "python -m qcomm bench quality",
@@ -198,15 +212,7 @@ def test_quality_table_tool(tmp_path: Path) -> None:
         for name, error, overflows in (("fp8", 0.07, None), ("mxfp4 to fp8, row", 0.0, 3))
     ]
     older = {**rows[0], "commit": "older", "error_percent": 5.0}
-    results.write_text("".join(json.dumps(row) + "\n" for row in [older, *rows]))
-    tool = [sys.executable, str(TABLE_TOOL), "--repo", str(tmp_path)]
-    assert "docs/formats.md must hold the table" in run([*tool, "--check"], code=1)
-    # The dispatch table has no results here, which comes after.
-    assert "FILE must be given" in run(tool, code=1)
-    run([*tool, "--check"])
-    text = page.read_text()
-    assert text.startswith("Before.\n")
-    assert text.endswith("After.\n")
+    text = written_table(tmp_path, "formats.md", "quality", "quality-cpu.jsonl", [older, *rows])
     assert [line for line in text.splitlines() if line.startswith("| ")] == [
         "| conversion | gaussian | outliers |",
         "| --- | ---: | ---: |",
@@ -216,12 +222,6 @@ def test_quality_table_tool(tmp_path: Path) -> None:
 
 
 def test_storage_table_tool(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("<!-- bench:dispatch -->\n<!-- /bench:dispatch -->\n")
-    page = tmp_path / "docs" / "storage.md"
-    results = tmp_path / "benchmarks" / "results" / "storage-h200.jsonl"
-    page.parent.mkdir()
-    results.parent.mkdir(parents=True)
-    page.write_text("Before.\n<!-- bench:storage -->\n<!-- /bench:storage -->\nAfter.\n")
     plain = {
         "benchmark": "storage",
         "command": "python -m qcomm bench storage",
@@ -239,14 +239,7 @@ def test_storage_table_tool(tmp_path: Path) -> None:
     }
     saved = {"saving": "mxfp4", "held_bytes": 200_000_000, "total_p50_ms": 12.5, "dw_error_percent": 2.25}
     rows = [{**plain, "commit": "older"}, plain, {**plain, **saved}]
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tool = [sys.executable, str(TABLE_TOOL), "--repo", str(tmp_path)]
-    assert "docs/storage.md must hold the table" in run([*tool, "--check"], code=1)
-    assert "FILE must be given" in run(tool, code=1)
-    run([*tool, "--check"])
-    text = page.read_text()
-    assert text.startswith("Before.\n")
-    assert text.endswith("After.\n")
+    text = written_table(tmp_path, "storage.md", "storage", "storage-h200.jsonl", rows)
     assert [line for line in text.splitlines() if line.startswith("| ")] == [
         "| saving | held MB | peak MB | ms | dx error % | dw error % |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
