@@ -1,6 +1,7 @@
-// Tiles of the column-wise conversions: 128 rows of a group by 256 bytes, transposed in registers.
+// Tiles of the column-wise conversions: 128 rows of a group by a byte for each thread, transposed in
+// registers.
 //
-// A block copies one tile into shared memory, a warp has an eighth of its columns. Lane l holds 16
+// A block copies one tile into shared memory, a warp has 32 bytes of every row. Lane l holds 16
 // consecutive rows, from 16 * (l / 4) on, of the columns of l % 4; so a store of one column from eight lanes
 // covers the 128 bytes that its rows fill. Several blocks share an SM: while one loads, others convert and
 // store.
@@ -8,11 +9,13 @@
 
 #include "align.cuh"
 
-constexpr int kThreads = 256;
+constexpr int kThreads = QCOMM_THREADS;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileRows = 128;
-constexpr int kTileBytes = 256;  // of a row
-constexpr int kWarpBytes = kTileBytes / kWarps;
+constexpr int kWarpBytes = 32;  // of a row
+constexpr int kTileBytes = kWarpBytes * kWarps;
+constexpr bool kWholeTiles = QCOMM_WHOLE_TILES;  // whether all groups are of whole tiles
+constexpr int kThreadsPerSm = 1280;              // for which registers are kept
 constexpr int kLaneRows = 16;
 constexpr int kLaneColumns = 4;  // lanes side by side
 constexpr int kLaneBytes = kWarpBytes / kLaneColumns;
@@ -59,19 +62,26 @@ struct Tile {
     int number;      // among those of all groups
     int first_byte;  // of its rows
     int first_row;   // in the tensor
-    int num_rows;    // 0 if there is no such tile
+    int num_rows;
     int group_begin;
     int group_rows;
 };
 
-// Finds the tile of block `job`: pieces of 256 bytes side by side, for each tile of the groups in order. The
-// whole warp calls it.
-__device__ __forceinline__ Tile find_tile(const ColumnwiseParams& p, int job) {
-    const int lane = threadIdx.x % 32;
+// The tile of block `job`, but for its group: pieces side by side, for each tile of the groups in order. Its
+// rows are known only if all tiles are whole.
+__device__ __forceinline__ Tile first_tile(const ColumnwiseParams& p, int job) {
     Tile tile = {};
     const int pieces = (p.row_bytes + kTileBytes - 1) / kTileBytes;
     tile.number = job / pieces;
     tile.first_byte = job % pieces * kTileBytes;
+    tile.first_row = tile.number * kTileRows;
+    tile.num_rows = kTileRows;
+    return tile;
+}
+
+// Finds the group and the rows of a tile; false if there is no such tile. The whole warp calls it.
+__device__ __forceinline__ bool find_group(const ColumnwiseParams& p, Tile& tile) {
+    const int lane = threadIdx.x % 32;
     int number = tile.number;
     for (int first = 0; first < p.num_groups; first += 32) {
         const int group = first + lane;
@@ -92,11 +102,11 @@ __device__ __forceinline__ Tile find_tile(const ColumnwiseParams& p, int job) {
             tile.group_rows = __shfl_sync(kAllLanes, rows, source);
             tile.first_row = tile.group_begin + index * kTileRows;
             tile.num_rows = min(kTileRows, tile.group_rows - index * kTileRows);
-            return tile;
+            return true;
         }
         number -= __shfl_sync(kAllLanes, end, 31);
     }
-    return tile;
+    return false;
 }
 
 // Starts the copy of a tile; what lies outside it becomes zero. Word w of a row's scales is for its w-th 128
@@ -132,6 +142,20 @@ __device__ __forceinline__ void load_tile(const ColumnwiseParams& p, const Tile&
         scale_from += kScaleRows * p.sf_row_stride;
     }
     copy_commit();
+}
+
+// Finds tile `job` and waits for it to be in `stage`; false if there is no such tile. Where the rows are
+// known, the copy starts before the search for the group.
+template <int kScaleWords>
+__device__ __forceinline__ bool fetch_tile(const ColumnwiseParams& p, int job, Stage<kScaleWords>& stage,
+                                           Tile& tile) {
+    tile = first_tile(p, job);
+    if constexpr (kWholeTiles) load_tile(p, tile, stage);
+    const bool found = find_group(p, tile);
+    if (!kWholeTiles && found) load_tile(p, tile, stage);
+    copy_wait();
+    __syncthreads();
+    return found;
 }
 
 // This lane's place in a tile.

@@ -64,18 +64,15 @@ __device__ __forceinline__ void rescale_rows(Fp8Stage& stage, int top_exponent) 
     }
 }
 
-// A block of 256 threads for every tile and 256 columns, which are two groups. Reads and writes everything
+// A block for every tile and piece of its rows, which is whole groups. Reads and writes everything
 // once.
-extern "C" __global__ void __launch_bounds__(kThreads, 5)
+extern "C" __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
     fp8_transpose(const __grid_constant__ ColumnwiseParams p) {
     __shared__ Fp8Stage stage;
     __shared__ uint32_t nonzero[kWarps][kParts], tops[kWarps], factors[kScaleWords][kScaleStride];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / kWarpsPerGroup;
-    const Tile tile = find_tile(p, blockIdx.x);
-    if (tile.num_rows == 0) return;
-    load_tile(p, tile, stage);
-    copy_wait();
-    __syncthreads();
+    Tile tile;
+    if (!fetch_tile(p, blockIdx.x, stage, tile)) return;
     const uint32_t rows = nonzero_rows(stage);
     if (lane % kLaneColumns == 0) nonzero[warp][lane_part()] = rows;
     __syncthreads();

@@ -173,11 +173,11 @@ __device__ __forceinline__ void decode_mxfp4_bf16(const uint32_t (&codes)[kWords
     }
 }
 
-// The Hadamard rotation of a block times 32^0.5: strides 1 to 16 in order.
-template <int N>
-__device__ __forceinline__ void hadamard32_sums(float (&v)[N]) {
+// Strides kFirst to kEnd / 2 of the rotation, in order.
+template <int kFirst, int kEnd, int N>
+__device__ __forceinline__ void hadamard_strides(float (&v)[N]) {
 #pragma unroll
-    for (int stride = 1; stride < N; stride *= 2) {
+    for (int stride = kFirst; stride < kEnd; stride *= 2) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             if ((i & stride) == 0) {
@@ -187,12 +187,35 @@ __device__ __forceinline__ void hadamard32_sums(float (&v)[N]) {
             }
         }
     }
+}
+
+// The Hadamard rotation of a block times 32^0.5.
+template <int N>
+__device__ __forceinline__ void hadamard32_sums(float (&v)[N]) {
+    hadamard_strides<1, N>(v);
     if constexpr (kLanesPerBlock<N> == 2) {
         const float sign = threadIdx.x & 1 ? -1.0f : 1.0f;
 #pragma unroll
         for (int i = 0; i < N; ++i)
             v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], 1));
     }
+}
+
+// The same; returns the bits of the largest magnitude. Of a sum and a difference the larger is the sum of the
+// magnitudes, rounded alike; and the largest of those, which have no sign, are taken three at a time.
+template <int N>
+__device__ __forceinline__ uint32_t hadamard32_sums_amax(float (&v)[N]) {
+    if constexpr (kLanesPerBlock<N> == 2) {
+        hadamard32_sums(v);
+        return max_over_lanes<2>(amax_bits(v));
+    }
+    hadamard_strides<1, N / 2>(v);
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+        amax = max(amax, __float_as_uint(__fadd_rn(fabsf(v[i]), fabsf(v[i + N / 2]))));
+    hadamard_strides<N / 2, N>(v);
+    return amax;
 }
 
 // The normalised rotation; its own inverse.

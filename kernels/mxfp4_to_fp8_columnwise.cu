@@ -159,15 +159,12 @@ __device__ __forceinline__ void requantize_tile(const ColumnwiseParams& p, const
     }
 }
 
-// A block of 256 threads for every tile and 512 columns. Reads and writes everything once.
-extern "C" __global__ void __launch_bounds__(kThreads, kAligns ? 5 : 1)
+// A block for every tile and piece of its rows. Reads and writes everything once.
+extern "C" __global__ void __launch_bounds__(kThreads, kAligns ? kThreadsPerSm / kThreads : 1)
     mxfp4_to_fp8_columnwise(const __grid_constant__ ColumnwiseParams p) {
     __shared__ MxStage stage;
-    const Tile tile = find_tile(p, blockIdx.x);
-    if (tile.num_rows == 0) return;
-    load_tile(p, tile, stage);
-    copy_wait();
-    __syncthreads();
+    Tile tile;
+    if (!fetch_tile(p, blockIdx.x, stage, tile)) return;
     const int column = 2 * (tile.first_byte + lane_byte());
     if (column >= p.columns) return;
     float* out_sf = p.out_sf + static_cast<int64_t>(tile.number) * p.columns + column;

@@ -132,7 +132,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const uint32_t num_bytes = valid ? kBytes : 0;
     if constexpr (kBytes == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                      "r"(num_bytes)
                      : "memory");
     } else {

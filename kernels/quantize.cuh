@@ -5,6 +5,7 @@
 #include "stand_in.cuh"
 
 constexpr uint32_t kMinNormalBits = 1u << 23;
+constexpr uint32_t kHalfInfinityBits = 0x7c00u;
 constexpr uint32_t kMaxPackedScale = 248;              // the factor of a tenth is still a normal bf16
 constexpr uint32_t kSafeLowBits = (127 - 90) << 23;    // 2^-90
 constexpr uint32_t kSafeHighBits = (127 + 100) << 23;  // 2^100
@@ -232,8 +233,7 @@ __device__ __forceinline__ Mxfp4Vec<N> quantize_mxfp4(float (&v)[N], int offset,
 // neither can leave the normal numbers. Changes v.
 template <int N>
 __device__ __forceinline__ Mxfp4Vec<N> quantize_rotated(float (&v)[N], const Quantizer& quantizer) {
-    hadamard32_sums(v);
-    const uint32_t sums = max_over_lanes<kLanesPerBlock<N>>(amax_bits(v));
+    const uint32_t sums = hadamard32_sums_amax(v);
     const uint32_t amax = __float_as_uint(__fmul_rn(__uint_as_float(sums), kHadamardNorm));
     Mxfp4Vec<N> out = {};
     out.sf = mxfp4_scale(amax, quantizer.scale_addend, 0);
@@ -297,39 +297,41 @@ __device__ __forceinline__ float multiply_to_odd(float a, float b) {
     return __uint_as_float(__float_as_uint(product) | (inexact ? 1u : 0u));
 }
 
+// Packs the codes of two E4M3 words, each in the low byte of a half of `codes`, with their signs.
+__device__ __forceinline__ uint32_t pack_codes_e4m3(const uint32_t* codes, const uint32_t* words) {
+    const uint32_t first = __byte_perm(codes[0], codes[1], 0x6240u) | (words[0] >> 4 & 0x08080808u);
+    const uint32_t second = __byte_perm(codes[2], codes[3], 0x6240u) | (words[1] >> 4 & 0x08080808u);
+    return __byte_perm(first, second, 0x7531u) * 16 + __byte_perm(first, second, 0x6420u);
+}
+
 // Quantizes FP8 to the nearest, two elements an instruction, as bf16 above but in FP16, onto 1024, and with
 // stand-ins for the scale's mantissa. Returns false, with no result, where the scale is no normal number
-// above 0 or the scale byte would have to be clamped; the lanes of a block agree.
+// above 0, a code is NaN or the scale byte would have to be clamped; the lanes of a block agree.
 template <int kWords>
 __device__ __forceinline__ bool quantize_e4m3(const uint32_t (&words)[kWords], float scale,
                                               const Quantizer& quantizer, Mxfp4Vec<4 * kWords>& out) {
     constexpr int N = 4 * kWords;
     const uint32_t scale_bits = __float_as_uint(scale);
-    if (scale_bits - kMinNormalBits >= kInfinityBits - kMinNormalBits) return false;
     const int exponent = static_cast<int>(scale_bits >> kMantissaBits) - 127;
     const uint32_t mantissa = scale_bits & ((1u << kMantissaBits) - 1);
     const uint4* cells = reinterpret_cast<const uint4*>(kStandIns.cells);
     const uint4 cell = __ldg(cells + mantissa / ((1u << kMantissaBits) / kStandInCells));
     const uint32_t stand_in = mantissa < cell.x ? cell.y : cell.z;  // StandIn's bound, below and above
-    uint32_t numbers[N / 2], magnitudes[N / 2], codes[N / 2];
+    uint32_t magnitudes[N / 2], codes[N / 2];
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-        numbers[i] = e4m3x2_to_f16x2(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16);
-        magnitudes[i] = numbers[i] & 0x7fff7fffu;
+    for (int i = 0; i < kWords; ++i) {
+        const uint32_t bytes = words[i] & kE4m3NanWord;
+        magnitudes[2 * i] = e4m3x2_to_f16x2(bytes);
+        magnitudes[2 * i + 1] = e4m3x2_to_f16x2(bytes >> 16);
     }
     const uint32_t amax = max_over_lanes<kLanesPerBlock<N>>(amax_u16x2(magnitudes));
-    out = {};
-    out.sf = kE8m0Nan;
-    if (amax >= 0x7c00u) return true;
     // An E4M3 code is a normal FP16: here with the exponent and mantissa of a float.
     const float largest = __uint_as_float((amax << 13) + ((127 - 15) << kMantissaBits));
     const float product = multiply_to_odd(largest, __uint_as_float(mantissa | 127 << kMantissaBits));
     const uint32_t rounded = __float_as_uint(product) + quantizer.scale_addend;
     const int binade =
         amax == 0 ? -exponent - kE8m0Bias : static_cast<int>(rounded >> kMantissaBits) - kE8m0Bias - 2;
-    const int sf = binade + exponent + kE8m0Bias;
-    if (static_cast<uint32_t>(sf) > kE8m0Max) return false;
-    out.sf = static_cast<uint32_t>(sf);
+    out.sf = static_cast<uint32_t>(binade + exponent + kE8m0Bias);
     const int shift = amax == 0 ? 0 : -binade * 1024;
     const uint32_t by1 = __byte_perm(stand_in, 0, 0x1010u) + shift * 0x10001u;
     const uint32_t by2 = by1 + 0x04000400u;
@@ -340,8 +342,11 @@ __device__ __forceinline__ bool quantize_e4m3(const uint32_t (&words)[kWords], f
         const uint32_t line0 = fma_f16x2(x, by2, 0x64006400u), line1 = fma_f16x2(x, by1, 0x64026402u);
         codes[i] = min_u16x2(min_u16x2(line0, line1), fma_f16x2(x, by_tenth, 0x64066406u));
     }
-    pack_codes16(codes, numbers, out.codes);
-    return true;
+#pragma unroll
+    for (int i = 0; i < N / 8; ++i)
+        out.codes[i] = pack_codes_e4m3(codes + 4 * i, words + 2 * i);
+    return scale_bits - kMinNormalBits < kInfinityBits - kMinNormalBits && amax < kHalfInfinityBits &&
+           out.sf <= kE8m0Max;
 }
 
 // Splits an FP8 group's scale into a mantissa, with which to multiply the codes, and an exponent; after it, v

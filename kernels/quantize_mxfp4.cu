@@ -38,8 +38,10 @@ constexpr int kChunk = 8;  // elements that are floats at a time, where nothing 
 constexpr int kVecsPerGroup = kLanesPerGroup<kVec>;
 constexpr int kVecBytes = kVec * (kSource == kFp8 ? 1 : kSource == kFp32 ? 4 : 2);
 constexpr int kPieces = kVecBytes / 16;
-// As many threads as can be without a spill.
-constexpr int kMinBlocks = kSource == kFp32 || (kSource == kFp8 && kHadamard) || kQuest || kClipMask ? 1 : 4;
+// Threads of an SM for which registers are kept: as many as can be without a spill, but for a rotation, where
+// more blocks under way in a thread are worth more.
+constexpr bool kManyRegisters = kSource == kFp32 || (kSource == kFp8 && kHadamard) || kQuest || kClipMask;
+constexpr int kThreadsPerSm = kManyRegisters ? kThreads : kHadamard && kVecsPerThread > 1 ? 512 : 1024;
 
 // A thread's block as it comes, and the scale of FP8.
 struct Input {
@@ -259,7 +261,7 @@ __device__ __forceinline__ void write(const QuantizeMxfp4Params& p, int vec, con
 // Any number of blocks of kThreads threads. A thread takes kVecsPerThread blocks of 32, and loads one while
 // it works on the one before. Reads x once, but for FP8 whose scales are extreme, and writes every output
 // once.
-extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
     quantize_mxfp4(const __grid_constant__ QuantizeMxfp4Params p) {
     Input next = read(p, vec_of(0));
     uint32_t left = 0;

@@ -173,9 +173,9 @@ def _operator_calls(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.mxfp4_to_fp8, (x.mxfp4.qdata, x.mxfp4.sf, data, packed_sf, None, packed, False, 0, True)),
         (
             ops.mxfp4_to_fp8_columnwise,
-            (x.mxfp4.qdata, x.mxfp4.sf, columns, tiles, x.group_offsets, x.counter, False, 0, False),
+            (x.mxfp4.qdata, x.mxfp4.sf, columns, tiles, x.group_offsets, 128, x.counter, False, 0, False),
         ),
-        (ops.fp8_transpose, (x.fp8.data, x.fp8.sf, columns, tiles, x.group_offsets)),
+        (ops.fp8_transpose, (x.fp8.data, x.fp8.sf, columns, tiles, x.group_offsets, 128)),
     ]
 
 

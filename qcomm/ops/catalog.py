@@ -12,7 +12,17 @@ from collections.abc import Iterator
 
 import torch
 
-from qcomm.formats import RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, Rounding, ScaleLayout, ScaleRule, WireFormat
+from qcomm.formats import (
+    BLOCK_SIZE,
+    FP8_GROUP_SIZE,
+    RECV_DTYPES,
+    WIRE_KINDS,
+    WIRE_ROUNDINGS,
+    Rounding,
+    ScaleLayout,
+    ScaleRule,
+    WireFormat,
+)
 from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
 from qcomm.ops.comm import barrier_spec, decoding, encoding
@@ -46,7 +56,8 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
 
 def codec_specs() -> list[KernelSpec]:
     """Return every specialisation of the codec's kernels, each once."""
-    specs = [fp8_transpose_spec()]
+    alignments = BLOCK_SIZE, FP8_GROUP_SIZE
+    specs = [fp8_transpose_spec(alignment) for alignment in alignments]
     for source in SOURCES:
         for rule, rounding, hadamard in _quantizers():
             options = itertools.product(
@@ -63,7 +74,7 @@ def codec_specs() -> list[KernelSpec]:
     for hadamard, prescaled in itertools.product((False, True), repeat=2):
         specs += (dequantize_spec(dtype, hadamard, prescaled) for dtype in DTYPES)
         specs += (mxfp4_to_fp8_spec(layout, hadamard, prescaled) for layout in ScaleLayout)
-        specs.append(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled))
+        specs += (mxfp4_to_fp8_columnwise_spec(alignment, hadamard, prescaled) for alignment in alignments)
     return list(dict.fromkeys(specs))
 
 

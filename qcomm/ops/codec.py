@@ -13,7 +13,7 @@ from qcomm.jit import Kernel, KernelLoader, KernelSpec
 from qcomm.tensors import scales_shape
 
 THREADS = 256
-"""Of a block."""
+"""Of a block, but for quantize_mxfp4."""
 VEC = 16
 """Elements that a thread takes at a time, but for quantize_mxfp4, which takes a block."""
 _ALIGNMENT = 16
@@ -46,7 +46,7 @@ def _loader(index: int) -> KernelLoader:
     return KernelLoader(torch.device("cuda", index))
 
 
-def launch(spec: KernelSpec, x: torch.Tensor, grid: int, params: ctypes.Structure, threads: int | None = None) -> None:
+def launch(spec: KernelSpec, x: torch.Tensor, grid: int, params: ctypes.Structure, threads: int = THREADS) -> None:
     """Launch on the current stream of x's device; an empty grid is no launch.
 
     Raises:
@@ -56,7 +56,7 @@ def launch(spec: KernelSpec, x: torch.Tensor, grid: int, params: ctypes.Structur
         return
     with torch.cuda.device(x.device):
         kernel: Kernel = _loader(x.device.index).get(_identity, spec)
-        kernel.launch(grid, threads or THREADS, 0, torch.cuda.current_stream().cuda_stream, params)
+        kernel.launch(grid, threads, 0, torch.cuda.current_stream().cuda_stream, params)
 
 
 def _identity(spec: KernelSpec) -> KernelSpec:
@@ -134,9 +134,9 @@ def count_vecs(x: torch.Tensor, vec: int = VEC) -> int:
     return num_vecs
 
 
-def blocks(num_vecs: int, vecs_per_thread: int) -> int:
+def blocks(num_vecs: int, vecs_per_thread: int, threads: int = THREADS) -> int:
     """Return the grid of a kernel whose threads take so many vectors."""
-    return -(-num_vecs // (THREADS * vecs_per_thread))
+    return -(-num_vecs // (threads * vecs_per_thread))
 
 
 def only_writes(*_args: object, **_options: object) -> None:

@@ -14,8 +14,8 @@ from qcomm.ops import codec
 from qcomm.reference_columnwise import check_group_offsets, count_tiles
 from qcomm.tensors import FP8ColumnwiseTensor
 
-TILE_BYTES = 256
-"""Bytes of a row that a block takes; kTileBytes in kernels/columnwise.cuh."""
+THREADS = 256
+"""Of a block; also the bytes of a row that it takes."""
 
 
 class ColumnwiseParams(ctypes.Structure):
@@ -39,15 +39,16 @@ class ColumnwiseParams(ctypes.Structure):
     )
 
 
-def columnwise_spec(name: str, **constants: int) -> KernelSpec:
-    """Build the spec of a column-wise kernel."""
-    return KernelSpec.of(name, name, sizeof_params=ctypes.sizeof(ColumnwiseParams), **constants)
+def columnwise_spec(name: str, alignment: int, **constants: int) -> KernelSpec:
+    """Build the spec of a column-wise kernel; one that need not look for its rows where all tiles are whole."""
+    constants["whole_tiles"] = alignment % FP8_GROUP_SIZE == 0
+    return KernelSpec.of(name, name, threads=THREADS, sizeof_params=ctypes.sizeof(ColumnwiseParams), **constants)
 
 
 def launch(spec: KernelSpec, x: torch.Tensor, params: ColumnwiseParams) -> None:
     """Launch a block for every tile and piece of a row."""
-    grid = params.num_tiles * -(-params.row_bytes // TILE_BYTES)
-    codec.launch(spec, x, grid, params)
+    grid = params.num_tiles * -(-params.row_bytes // THREADS)
+    codec.launch(spec, x, grid, params, THREADS)
 
 
 GroupOffsets = Sequence[int] | torch.Tensor | None

@@ -11,9 +11,9 @@ from qcomm.ops.columnwise import ColumnwiseParams, GroupOffsets, columnwise_spec
 from qcomm.tensors import FP8ColumnwiseTensor, FP8Tensor
 
 
-def fp8_transpose_spec() -> KernelSpec:
+def fp8_transpose_spec(alignment: int) -> KernelSpec:
     """Build the spec."""
-    return columnwise_spec("fp8_transpose")
+    return columnwise_spec("fp8_transpose", alignment)
 
 
 def fp8_transpose(
@@ -49,13 +49,18 @@ def fp8_transpose(
     if x.is_packed:
         raise TypeError(f"x.sf must be torch.float32, got {x.sf.dtype}")
     result = columnwise.prepare(x.shape[0], x.shape[1], group_offsets, alignment, x.device, out)
-    _fp8_transpose(x.data, x.sf, result.data, result.sf, result.group_offsets)
+    _fp8_transpose(x.data, x.sf, result.data, result.sf, result.group_offsets, alignment)
     return result
 
 
 @torch.library.custom_op("qcomm::fp8_transpose", mutates_args=("data", "out_sf"))
 def _fp8_transpose(
-    x: torch.Tensor, x_sf: torch.Tensor, data: torch.Tensor, out_sf: torch.Tensor, group_offsets: torch.Tensor
+    x: torch.Tensor,
+    x_sf: torch.Tensor,
+    data: torch.Tensor,
+    out_sf: torch.Tensor,
+    group_offsets: torch.Tensor,
+    alignment: int,
 ) -> None:
     if x.device.type != "cuda":
         made, scale = reference_columnwise.fp8_transpose(FP8Tensor(x, x_sf), group_offsets.tolist())
@@ -80,7 +85,7 @@ def _fp8_transpose(
         columns,
         num_tiles,
     )
-    columnwise.launch(fp8_transpose_spec(), data, params)
+    columnwise.launch(fp8_transpose_spec(alignment), data, params)
 
 
 _fp8_transpose.register_fake(codec.only_writes)

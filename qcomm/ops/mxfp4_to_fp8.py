@@ -10,13 +10,17 @@ from qcomm import reference, validate
 from qcomm.formats import FP8_GROUP_SIZE, ScaleLayout
 from qcomm.jit import KernelSpec
 from qcomm.ops import codec
-from qcomm.ops.codec import pointer
+from qcomm.ops.codec import Divisor, pointer
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales, pack_scales
 
-VECS_PER_THREAD = 2
 _LAYOUTS = tuple(ScaleLayout)
 _VECS_OF_A_WARP = 32
-_BLOCK_ROWS = VECS_PER_THREAD * codec.THREADS // _VECS_OF_A_WARP
+_WARPS = codec.THREADS // _VECS_OF_A_WARP
+
+
+def vecs_per_thread(sf_layout: ScaleLayout) -> int:
+    """Return the vectors that a thread takes; where they are of adjacent scales, those of a sector of 32 bytes."""
+    return 2 if sf_layout is ScaleLayout.ROW_MAJOR else 8
 
 
 class Mxfp4ToFp8Params(ctypes.Structure):
@@ -31,8 +35,9 @@ class Mxfp4ToFp8Params(ctypes.Structure):
         ("sf_group_stride", ctypes.c_int64),
         ("num_rows", ctypes.c_int32),
         ("vecs_per_row", ctypes.c_int32),
+        ("pieces", ctypes.c_int32),
         ("signs", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
+        ("by_pieces", Divisor),
     )
 
 
@@ -44,7 +49,7 @@ def mxfp4_to_fp8_spec(sf_layout: ScaleLayout, hadamard: bool, prescaled: bool) -
         layout=_LAYOUTS.index(sf_layout),
         hadamard=hadamard,
         prescaled=prescaled,
-        vecs_per_thread=VECS_PER_THREAD,
+        vecs_per_thread=vecs_per_thread(sf_layout),
         threads=codec.THREADS,
         sizeof_params=ctypes.sizeof(Mxfp4ToFp8Params),
     )
@@ -118,6 +123,7 @@ def _mxfp4_to_fp8(
     codec.check_flat("out.data", data)
     qdata, sf = codec.flat(qdata), codec.flat(sf)
     rows, vecs_per_row = data.shape[0], data.shape[1] // codec.VEC
+    pieces = -(-vecs_per_row // _VECS_OF_A_WARP)
     params = Mxfp4ToFp8Params(
         qdata.data_ptr(),
         sf.data_ptr(),
@@ -127,12 +133,13 @@ def _mxfp4_to_fp8(
         out_sf.stride(1),
         rows,
         vecs_per_row,
+        pieces,
         signs,
+        Divisor.of(max(1, pieces)),
     )
-    if layout is ScaleLayout.ROW_MAJOR:
-        grid = codec.blocks(codec.count_vecs(data), VECS_PER_THREAD)
-    else:
-        grid = -(-rows // _BLOCK_ROWS) * -(-vecs_per_row // _VECS_OF_A_WARP)
+    grid = codec.blocks(codec.count_vecs(data), vecs_per_thread(layout))
+    if layout is not ScaleLayout.ROW_MAJOR:
+        grid = -(-(-(-rows // vecs_per_thread(layout)) * pieces) // _WARPS)
     codec.launch(mxfp4_to_fp8_spec(layout, hadamard, prescaled), data, grid, params)
 
 

@@ -13,9 +13,9 @@ from qcomm.ops.columnwise import ColumnwiseParams, GroupOffsets, columnwise_spec
 from qcomm.tensors import FP8ColumnwiseTensor, MXFP4Tensor
 
 
-def mxfp4_to_fp8_columnwise_spec(hadamard: bool, prescaled: bool) -> KernelSpec:
+def mxfp4_to_fp8_columnwise_spec(alignment: int, hadamard: bool, prescaled: bool) -> KernelSpec:
     """Build the spec."""
-    return columnwise_spec("mxfp4_to_fp8_columnwise", hadamard=hadamard, prescaled=prescaled)
+    return columnwise_spec("mxfp4_to_fp8_columnwise", alignment, hadamard=hadamard, prescaled=prescaled)
 
 
 def mxfp4_to_fp8_columnwise(
@@ -58,6 +58,7 @@ def mxfp4_to_fp8_columnwise(
         result.data,
         result.sf,
         result.group_offsets,
+        alignment,
         spread_overflows,
         x.hadamard,
         x.hadamard_signs,
@@ -73,6 +74,7 @@ def _mxfp4_to_fp8_columnwise(
     data: torch.Tensor,
     out_sf: torch.Tensor,
     group_offsets: torch.Tensor,
+    alignment: int,
     overflows: torch.Tensor | None,
     hadamard: bool,
     signs: int,
@@ -104,7 +106,7 @@ def _mxfp4_to_fp8_columnwise(
         num_tiles,
         signs,
     )
-    columnwise.launch(mxfp4_to_fp8_columnwise_spec(hadamard, prescaled), data, params)
+    columnwise.launch(mxfp4_to_fp8_columnwise_spec(alignment, hadamard, prescaled), data, params)
 
 
 _mxfp4_to_fp8_columnwise.register_fake(codec.only_writes)

@@ -20,13 +20,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SOURCES = (*_DTYPES, torch.float8_e4m3fn)
 """What the kernel reads; the index is its number there."""
 
+_THREADS = 128
 
-_FP8_VECS_PER_THREAD = 4
 
-
-def vecs_per_thread(source: torch.dtype) -> int:
-    """Return the blocks of 32 that a thread takes; of FP8 one alone would be too few bytes under way."""
-    return _FP8_VECS_PER_THREAD if source == torch.float8_e4m3fn else 1
+def _vecs_per_thread(spec: KernelSpec) -> int:
+    return dict(spec.constants)["VECS_PER_THREAD"]
 
 
 class QuantizeMxfp4Params(ctypes.Structure):
@@ -62,6 +60,9 @@ def quantize_mxfp4_spec(
     """Build the spec; the rules that go by the maximum share one kernel, or two where some let values pass 6."""
     stochastic = rounding is Rounding.STOCHASTIC
     clamps = stochastic and (source == torch.float8_e4m3fn or scale_rule not in (ScaleRule.RCEIL, ScaleRule.CEIL))
+    # Of FP8 one block of 32 alone would be too few bytes under way, and after a rotation too little beside the work.
+    rotates = hadamard and rounding is Rounding.NEAREST and scale_rule is not ScaleRule.QUEST and not clip_mask
+    several = source == torch.float8_e4m3fn or (rotates and source != torch.float32)
     return KernelSpec.of(
         "quantize_mxfp4",
         "quantize_mxfp4",
@@ -70,8 +71,8 @@ def quantize_mxfp4_spec(
         unbiased=rounding is Rounding.UNBIASED,
         hadamard=hadamard,
         signs=signs,
-        threads=codec.THREADS,
-        vecs_per_thread=vecs_per_thread(source),
+        threads=_THREADS,
+        vecs_per_thread=4 if several else 1,
         clamps=clamps,
         flat_scales=flat_scales,
         quest=scale_rule is ScaleRule.QUEST,
@@ -242,7 +243,7 @@ def _quantize_mxfp4(
         clip_mask=clipped is not None,
         flat_scales=x_sf is not None and x_sf.is_contiguous(),
     )
-    codec.launch(spec, x, codec.blocks(num_vecs, vecs_per_thread(x.dtype)), params)
+    codec.launch(spec, x, codec.blocks(num_vecs, _vecs_per_thread(spec), _THREADS), params, _THREADS)
 
 
 _quantize_mxfp4.register_fake(codec.only_writes)
