@@ -299,8 +299,8 @@ __device__ __forceinline__ float multiply_to_odd(float a, float b) {
 
 // Packs the codes of two E4M3 words, each in the low byte of a half of `codes`, with their signs.
 __device__ __forceinline__ uint32_t pack_codes_e4m3(const uint32_t* codes, const uint32_t* words) {
-    const uint32_t first = __byte_perm(codes[0], codes[1], 0x6240u) | (words[0] >> 4 & 0x08080808u);
-    const uint32_t second = __byte_perm(codes[2], codes[3], 0x6240u) | (words[1] >> 4 & 0x08080808u);
+    const uint32_t first = __byte_perm(codes[0], codes[1], 0x6420u) | (words[0] >> 4 & 0x08080808u);
+    const uint32_t second = __byte_perm(codes[2], codes[3], 0x6420u) | (words[1] >> 4 & 0x08080808u);
     return __byte_perm(first, second, 0x7531u) * 16 + __byte_perm(first, second, 0x6420u);
 }
 
