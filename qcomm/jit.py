@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -26,6 +27,8 @@ from qcomm.errors import QcommUnsupportedError
 CACHE_VARIABLE = "QCOMM_CACHE_DIR"
 _MAX_STATIC_SHARED_BYTES = 48 * 1024
 _MAX_CARVEOUT = 100
+_IMPORTS = threading.Lock()
+"""cuda-core cannot be imported by two threads at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +200,8 @@ def _sources_digest() -> str:
 def _compile(spec: KernelSpec, arch: str, log: io.StringIO | None) -> bytes:
     """Compile a spec; with a log, ptxas writes there what each kernel takes."""
     try:
-        from cuda.core import Program, ProgramOptions
+        with _IMPORTS:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise QcommUnsupportedError(f"compiling kernels needs cuda-core: {error}", phase="jit") from error
     source = kernels_dir() / f"{spec.file}.cu"
