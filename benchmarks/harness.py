@@ -241,7 +241,7 @@ def peer_store_gbs(clock: Clock, member: Member, provider: str | None) -> float 
     source = _pattern(member.rank, member.device)
     mine = member.rank * _PEER_BYTES
     peers = [address + mine for rank, address in enumerate(memory.peers) if rank != member.rank]
-    kernels = KernelLoader(member.device)
+    kernels = KernelLoader(member.device, waits=False)
 
     def store() -> None:
         launch_peer_store(kernels, torch.cuda.current_stream(member.device).cuda_stream, source, peers)

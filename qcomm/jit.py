@@ -132,13 +132,15 @@ def cubin_path(spec: KernelSpec, arch: str) -> pathlib.Path:
 class Kernel:
     """A loaded kernel.
 
-    All kernels ask for the largest shared-memory carveout. An SM changes its carveout only when it is empty: a kernel
-    that waits for another one's sends, running under a small carveout, would keep that one out for good.
+    One that waits, and those it waits for, ask for the largest shared-memory carveout. An SM changes its carveout only
+    when it is empty: a kernel that waits for another one's sends, running under a small carveout, would keep that one
+    out for good. Others leave the choice to the driver, which gives L1 what shared memory does not need.
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, waits: bool) -> None:
         self._function = function
-        function.preferred_shared_memory_carveout = _MAX_CARVEOUT
+        if waits:
+            function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
         self._shared_bytes = _MAX_STATIC_SHARED_BYTES
 
@@ -161,9 +163,10 @@ class Kernel:
 
 
 class KernelLoader:
-    """Loads kernels for one device and remembers them."""
+    """Loads kernels for one device and remembers them; `waits` as in `Kernel`, for all of them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, waits: bool) -> None:
+        self._waits = waits
         self._arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         self._kernels: dict[tuple[Hashable, ...], Kernel] = {}
 
@@ -176,7 +179,7 @@ class KernelLoader:
 
             spec = make_spec(*args)
             module = cupy.RawModule(path=str(cubin_path(spec, self._arch)))
-            kernel = self._kernels[key] = Kernel(module.get_function(spec.name))
+            kernel = self._kernels[key] = Kernel(module.get_function(spec.name), self._waits)
         return kernel
 
 

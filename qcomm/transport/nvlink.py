@@ -85,7 +85,7 @@ class NvlinkTransport:
         self._reports_view = HostReports.from_address(self._reports.data_ptr())
         num_device_sms = torch.cuda.get_device_properties(member.device).multi_processor_count
         self._launcher = Launcher(
-            KernelLoader(member.device),
+            KernelLoader(member.device, waits=True),
             self._comm(),
             num_device_sms if num_sms is None else min(num_sms, num_device_sms),
         )
