@@ -23,6 +23,8 @@ struct DispatchRecvParams {
     int32_t rows_per_expert;  // 0 unless "batched"
     int32_t padded_rows;      // rows below it that hold no record are zeroed; -1 for those of all groups
     int32_t num_rows;         // rows of x; what belongs past them is left out
+    int32_t sf_together;      // whether a row's scales are adjacent and start at a multiple of 16 bytes
+    int32_t padding;
 };
 
 static_assert(sizeof(DispatchRecvParams) == QCOMM_SIZEOF_DISPATCH_RECV,

@@ -1,5 +1,5 @@
 // The send side of dispatch: quantizes each token once and copies its record to every destination rank.
-#include "record.cuh"
+#include "team.cuh"
 #include "wait.cuh"
 
 enum InputKind { kInputBf16 = QCOMM_BF16, kInputFp8 = QCOMM_FP8, kInputMxfp4 = QCOMM_MXFP4 };
@@ -20,21 +20,28 @@ static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
               "qcomm/ops/dispatch.py holds the same");
 
 constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
+// Whether a team loads the next token while it encodes one; rounding at random takes the registers for it.
+constexpr bool kLoadsAhead = !kStochastic && kVecsPerThread == 1;
 
-// Reads one lane's part of a bf16 or FP8 token; lanes past the end get zeros.
+// Reads one lane's part of a token; lanes past the end get zeros.
 __device__ __forceinline__ LaneVec read_input(const DispatchSendParams& p, int token, int vec) {
     LaneVec in = {};
+    in.scale = 1.0f;
     if (vec >= kNumVecs) return in;
     if constexpr (kInput == kInputBf16) {
         const uint4* data =
             reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (2 * kHidden)) + 2 * vec;
         unpack(load_stream(data), in.words);
         unpack(load_stream(data + 1), in.words + 4);
-    } else {
+    } else if constexpr (kInput == kInputFp8) {
         const uint4* data = reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden);
         unpack(load_stream(data + vec), in.words);
         const float* sf = reinterpret_cast<const float*>(p.sf) + token * p.sf_row_stride;
         in.scale = sf[vec / kVecsPerGroup * p.sf_group_stride];
+    } else {
+        const uint2* data = reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * (kHidden / 2));
+        unpack(load_stream(data + vec), in.words);
+        in.sf = p.sf[static_cast<int64_t>(token) * (kHidden / kBlockSize) + vec / kVecsPerBlock];
     }
     return in;
 }
@@ -45,6 +52,11 @@ __device__ __forceinline__ LaneVec encode_input(LaneVec& in, const Quantizer& qu
     } else if constexpr (kInput == kInputBf16 && kWire == kMxfp4 && !kHadamard && !kStochastic) {
         return lane_vec(quantize_bf16(in.bf16(), quantizer));
     } else {
+        if constexpr (kInput == kInputFp8 && !kHadamard && !kStochastic) {
+            Mxfp4Vec<kVec> packed;
+            const bool done = quantize_e4m3(in.data(), in.scale, quantizer, packed);
+            if (__all_sync(kAllLanes, done)) return lane_vec(packed);
+        }
         float v[kVec];
         int offset = 0;
         if constexpr (kInput == kInputBf16) {
@@ -59,14 +71,15 @@ __device__ __forceinline__ LaneVec encode_input(LaneVec& in, const Quantizer& qu
     }
 }
 
-// Any grid, at most 384 threads; a warp takes every num_warps-th token. Dynamic shared memory: one record a
-// warp, 16-byte aligned. Reads x once and writes each record once per destination rank, itself included: slot
-// send_slot[token][rank] of this rank's region there, then, with release order, that slot's flag.
-extern "C" __global__ void __launch_bounds__(384, 2)
+// Any grid; whole teams. Dynamic shared memory: kStages records a team, 16-byte
+// aligned. A team takes every count-th token, and loads the next while it encodes one. Reads x once and
+// writes each record once per destination rank, itself included: slot send_slot[token][rank] of this rank's
+// region there, then, with release order, that slot's flag.
+extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     const Comm& comm = p.comm;
-    if (timed_out(comm)) return;
+    if (__syncthreads_or(timed_out(comm))) return;
     const uint32_t epoch = comm.state->epoch;
     if (p.after_route) {
         bool came = true;
@@ -76,38 +89,33 @@ extern "C" __global__ void __launch_bounds__(384, 2)
         }
         if (!__syncthreads_and(came)) return;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int num_warps = gridDim.x * (blockDim.x / 32);
-    Sender sender(shared + warp * kRecordBytes, epoch);
+    const Team team;
+    const int lane = threadIdx.x % 32;
+    Sender sender(team, shared, epoch);
+    const auto slot_of = [&](int token) {
+        return lane < comm.num_ranks && token < p.num_tokens
+                   ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + lane]
+                   : -1;
+    };
+    const auto write = [&](LaneVec in, int token, int vec) {
+        write_record(sender.stage(), encode_input(in, p.quantizer, token, vec), vec);
+    };
 
-    for (int token = blockIdx.x + gridDim.x * warp; token < p.num_tokens; token += num_warps) {
-        const int slot =
-            lane < comm.num_ranks ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + lane] : -1;
+    int next_slot = slot_of(team.index);
+    LaneVec next;
+    if (kLoadsAhead && team.index < p.num_tokens) next = read_input(p, team.index, team.thread);
+    for (int token = team.index; token < p.num_tokens; token += team.count) {
+        const int slot = next_slot, following = token + team.count;
+        const LaneVec ahead = next;
+        next_slot = slot_of(following);
+        if (kLoadsAhead && following < p.num_tokens) next = read_input(p, following, team.thread);
         if (__all_sync(kAllLanes, slot < 0)) continue;
-        if constexpr (kInput == kInputMxfp4) {
-            uint8_t* stage = sender.stage();
-            const uint4* data =
-                reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (kHidden / 2));
-            const uint32_t* sf =
-                reinterpret_cast<const uint32_t*>(p.sf + static_cast<int64_t>(token) * (kHidden / 32));
-            for (int i = lane; i < kHidden / 32; i += 32)
-                reinterpret_cast<uint4*>(stage)[i] = data[i];
-            for (int i = lane; i < kHidden / 128; i += 32) {
-                reinterpret_cast<uint32_t*>(stage + kScaleOffset)[i] = sf[i];
-            }
+        if constexpr (kLoadsAhead) {
+            write(ahead, token, team.thread);
         } else {
-            for (int first = 0; first < kVecsPerLane; first += kBatch) {
-                LaneVec parts[kBatch];
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i)
-                    parts[i] = read_input(p, token, (first + i) * 32 + lane);
-                uint8_t* stage = sender.stage();
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    const int vec = (first + i) * 32 + lane;
-                    write_record(stage, encode_input(parts[i], p.quantizer, token, vec), vec);
-                }
-            }
+#pragma unroll 1
+            for (int i = 0; i < kVecsPerThread; ++i)
+                write(read_input(p, token, team.vec(i)), token, team.vec(i));
         }
         uint8_t* destination = nullptr;
         uint32_t* flag = nullptr;
@@ -116,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(384, 2)
             destination = region<uint8_t>(comm, lane, comm.dispatch_records) + index * kRecordBytes;
             flag = region<uint32_t>(comm, lane, comm.dispatch_flags) + index;
         }
-        sender.send(destination, flag);
+        sender.send(team, destination, flag);
     }
     sender.finish();
 }

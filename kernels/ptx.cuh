@@ -94,6 +94,12 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
     return t;
 }
 
+// Waits at barrier `id`, 1 to 15, for kThreads threads of the block.
+template <int kThreads>
+__device__ __forceinline__ void barrier_sync(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 // Makes this thread's shared-memory writes visible to bulk copies.
 __device__ __forceinline__ void fence_proxy_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -1,4 +1,4 @@
-// A token's record: reading one lane's part of it, writing one lane's part of it, and sending it.
+// A token's record: reading one lane's part of it, and writing one lane's part of it.
 #pragma once
 
 #include "align.cuh"
@@ -15,11 +15,9 @@ constexpr bool kStochastic = QCOMM_STOCHASTIC;
 constexpr int kRecordBytes = QCOMM_RECORD_BYTES;
 constexpr int kScaleOffset = QCOMM_SCALE_OFFSET;
 constexpr int kNumVecs = kHidden / kVec;
-constexpr int kVecsPerLane = (kNumVecs + 31) / 32;
-// Vectors a lane loads before it works on the first: enough loads in flight to hide their latency, in the
-// registers that the work leaves.
-constexpr int kMaxBatch = kHadamard || kStochastic ? 2 : kWire == kBf16 ? 3 : kWire == kFp8 ? 5 : 6;
-constexpr int kBatch = kVecsPerLane < kMaxBatch ? kVecsPerLane : kMaxBatch;
+
+template <int kWords>
+using Words = uint32_t[kWords];
 
 // One lane's part of a record or of a received row.
 struct LaneVec {
@@ -27,13 +25,9 @@ struct LaneVec {
     float scale;               // fp8
     uint32_t sf;               // mxfp4
 
-    template <int kWords>
-    __device__ __forceinline__ uint32_t (&first())
-        [kWords] { return *reinterpret_cast<uint32_t (*)[kWords]>(words); }
-
-    __device__ __forceinline__ uint32_t (&bf16()) [kVec / 2] { return words; } __device__ __forceinline__
-        uint32_t (&data()) [kVec / 4] { return first<kVec / 4>(); } __device__ __forceinline__
-        uint32_t (&codes()) [kVec / 8] { return first<kVec / 8>(); }
+    __device__ __forceinline__ Words<kVec / 2>& bf16() { return words; }
+    __device__ __forceinline__ Words<kVec / 4>& data() { return reinterpret_cast<Words<kVec / 4>&>(words); }
+    __device__ __forceinline__ Words<kVec / 8>& codes() { return reinterpret_cast<Words<kVec / 8>&>(words); }
 };
 
 // Reads one lane's part; lanes past the end get zeros.
@@ -126,38 +120,3 @@ __device__ __forceinline__ void write_record(uint8_t* record, const LaneVec& w, 
     if (kWire == kMxfp4 && vec % kVecsPerBlock == 0)
         record[kScaleOffset + vec / kVecsPerBlock] = static_cast<uint8_t>(w.sf);
 }
-
-// A warp's shared-memory stage. While the copies of one record fly, the next is loaded and encoded; a
-// record's flags are raised once its copies are complete. Lane l sends to rank l.
-class Sender {
-  public:
-    __device__ __forceinline__ Sender(uint8_t* stage, uint32_t epoch) : stage_(stage), epoch_(epoch) {}
-
-    // Returns the stage, free to be written.
-    __device__ __forceinline__ uint8_t* stage() {
-        bulk_wait_read<0>();
-        __syncwarp();
-        return stage_;
-    }
-
-    // Sends the stage to this lane's destination, null for none.
-    __device__ __forceinline__ void send(uint8_t* destination, uint32_t* flag) {
-        fence_proxy_async_shared();
-        finish();
-        __syncwarp();
-        if (destination != nullptr) bulk_store(destination, stage_, kRecordBytes);
-        bulk_commit();
-        flag_ = destination == nullptr ? nullptr : flag;
-    }
-
-    // Raises the flags of the last record once it is there.
-    __device__ __forceinline__ void finish() {
-        bulk_wait<0>();
-        if (flag_ != nullptr) store_release_sys(flag_, epoch_);
-    }
-
-  private:
-    uint8_t* stage_;
-    uint32_t* flag_ = nullptr;
-    uint32_t epoch_;
-};

@@ -320,15 +320,22 @@ def test_a_structure_of_another_size_does_not_compile() -> None:
         jit.compile_cubin(dataclasses.replace(spec, constants=tuple(constants.items())), ARCH)
 
 
-def test_staging_warps() -> None:
-    assert comm.staging_warps(1024, 92 * 1024, 12) == 12
-    assert comm.staging_warps(1 << 20, 92 * 1024, 12) == 1
-    few = comm.staging_warps(14336, 92 * 1024, 12)
-    assert 1 < few < 12
-    for stage_bytes in range(1024, 65536, 1008):
-        warps = comm.staging_warps(stage_bytes, 92 * 1024, 12)
-        assert comm.staging_warps(stage_bytes + 16, 92 * 1024, 12) <= warps
-        assert warps == 1 or warps * stage_bytes <= 92 * 1024
+@pytest.mark.parametrize("budget", [dispatch._SEND, dispatch._RECV, dispatch._RECV_FLOATS, combine._SEND])
+@pytest.mark.parametrize("hidden", [128, 512, 1024, 2880 // 128 * 128, 4096, 7168, 7296, 8192, 16384, 24576, 40960])
+def test_teams(hidden: int, budget: comm.Budget) -> None:
+    steps = -(-hidden // 512)
+    for kind in WIRE_KINDS:
+        stage_bytes = RecordLayout(kind, hidden).num_bytes
+        shared = comm.teams(hidden, stage_bytes, budget)
+        # No more warps than the record has work for, and none idle in every step but the last.
+        per_warp = -(-steps // shared.warps)
+        assert shared.warps == -(-steps // per_warp) <= 14
+        assert shared.warps * shared.count <= budget.warps
+        assert shared.warps == 1 or shared.count <= 15
+        assert 1 <= shared.stages <= budget.stages
+        assert shared.count * shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
+    assert comm.teams(7168, 3808, dispatch._RECV) == comm.Teams(14, 2, 3, 3808)
+    assert comm.teams(40960, 81920, dispatch._SEND) == comm.Teams(14, 1, 1, 81920)
 
 
 def test_recv_stage_bytes() -> None:

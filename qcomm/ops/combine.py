@@ -9,12 +9,22 @@ import torch
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Comm, Launcher, Quantizer, decoding, encoding, pointer, spec, staging_warps, wire_constants
+from qcomm.ops.comm import (
+    Budget,
+    Comm,
+    Launcher,
+    Quantizer,
+    Teams,
+    decoding,
+    encoding,
+    pointer,
+    spec,
+    teams,
+    wire_constants,
+)
 from qcomm.records import RecordLayout
 
-_RECV_THREADS = 256
-_SEND_SHARED_BYTES = 172 * 1024
-_MAX_SEND_WARPS = 12
+_SEND = Budget(warps=14, registers=80, shared_bytes=172 * 1024, stages=3)
 
 
 class CombineSendParams(ctypes.Structure):
@@ -50,8 +60,20 @@ def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
         name,
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
+        recv_threads=_recv_threads(wire),
+        **send_teams(wire, hidden).constants(_SEND),
         **wire_constants(wire, hidden),
     )
+
+
+def _recv_threads(wire: WireFormat) -> int:
+    """Return the threads of a block of `combine_recv`; a rotation takes more registers."""
+    return 256 if wire.hadamard else 448
+
+
+def send_teams(wire: WireFormat, hidden: int) -> Teams:
+    """Return the teams of a block of `combine_send`."""
+    return teams(hidden, RecordLayout(wire.kind, hidden).num_bytes, _SEND)
 
 
 def launch_send(
@@ -75,10 +97,9 @@ def launch_send(
         Quantizer.of(wire, seed, 0),
         handle.record_rows.shape[1],
     )
-    record_bytes = RecordLayout(wire.kind, hidden).num_bytes
-    warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
+    sharing = send_teams(wire, hidden)
     kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
-    kernel.launch(launcher.num_sms, 32 * warps, warps * record_bytes, stream, params)
+    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:
@@ -87,5 +108,5 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
         kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), hidden)
-        kernel.launch(launcher.num_sms, _RECV_THREADS, 0, stream, params)
+        kernel.launch(launcher.num_sms, _recv_threads(wire), 0, stream, params)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ MAX_TOPK = 32
 MAX_BLOCK_SHARED_BYTES = 227 * 1024
 MAX_HIDDEN = 40960
 """A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
+_WARP_ELEMENTS = 512
+_MAX_TEAM_WARPS = 14
+_MAX_TEAMS = 15
+"""Named barriers of a block, less the one of the whole block."""
 PHASES = ("barrier", "route", "dispatch", "combine")
 TIMEOUT, OVERFLOW, BAD_ROUTE = 1, 2, 3
 
@@ -151,12 +156,52 @@ def launch_barrier(launcher: Launcher, stream: int, overflows: torch.Tensor | No
     launcher.kernels.get(barrier_spec).launch(1, 32, 0, stream, params)
 
 
-def staging_warps(stage_bytes: int, budget_bytes: int, most: int) -> int:
-    """Return the warps of a block that holds one stage a warp, within a shared-memory budget.
+@dataclasses.dataclass(frozen=True)
+class Teams:
+    """How the warps of a block share its work: `count` teams of `warps`, each with a ring of `stages`.
 
-    The budgets of a send and a receive kernel together fit one SM, so that neither can keep the other out.
+    A warp holds 512 elements of a record at a time. The budgets of a send and a receive kernel together fit one SM, so
+    that neither can keep the other out.
     """
-    return max(1, min(most, budget_bytes // stage_bytes))
+
+    warps: int
+    count: int
+    stages: int
+    stage_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps * self.count
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.count * self.stages * self.stage_bytes
+
+    def constants(self, budget: Budget) -> dict[str, int]:
+        """Return the constants that the kernel sees."""
+        return {"team_warps": self.warps, "stages": self.stages, "max_registers": budget.registers}
+
+
+def teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
+    """Divide a block's warps into teams, as many as the budget has room for."""
+    steps = -(-hidden // _WARP_ELEMENTS)
+    warps = -(-steps // -(-steps // _MAX_TEAM_WARPS))
+    least = min(2, budget.stages)
+    most = budget.warps // warps if warps == 1 else min(_MAX_TEAMS, budget.warps // warps)
+    count = max(1, min(most, budget.shared_bytes // (least * stage_bytes)))
+    stages = max(1, min(budget.stages, budget.shared_bytes // (count * stage_bytes)))
+    return Teams(warps, count, stages, stage_bytes)
+
+
+class Budget(NamedTuple):
+    """What a kernel may take of an SM: warps, registers a thread, shared memory, and how many stages are of use."""
+
+    warps: int
+    registers: int
+    shared_bytes: int
+    stages: int
 
 
 def encoding(wire: WireFormat, input_kind: str) -> WireFormat:

@@ -11,15 +11,27 @@ from qcomm.exchange import DispatchOptions, Payload, WireInput
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, ScaleLayout, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Comm, Launcher, Quantizer, decoding, encoding, pointer, spec, staging_warps, wire_constants
+from qcomm.ops.comm import (
+    Budget,
+    Comm,
+    Launcher,
+    Quantizer,
+    Teams,
+    decoding,
+    encoding,
+    pointer,
+    spec,
+    teams,
+    wire_constants,
+)
 from qcomm.records import RECORD_ALIGNMENT, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 _COLUMNWISE_THREADS = 256
-_SEND_SHARED_BYTES = 92 * 1024
-_RECV_SHARED_BYTES = 118 * 1024
-_MAX_SEND_WARPS = 8
-_MAX_RECV_WARPS = 12
+_SEND = Budget(warps=14, registers=64, shared_bytes=92 * 1024, stages=4)
+_RECV = Budget(warps=28, registers=40, shared_bytes=118 * 1024, stages=3)
+_RECV_FLOATS = Budget(warps=14, registers=72, shared_bytes=118 * 1024, stages=3)
+"""Where elements must become floats."""
 
 
 class DispatchSendParams(ctypes.Structure):
@@ -60,6 +72,8 @@ class DispatchRecvParams(ctypes.Structure):
         ("rows_per_expert", ctypes.c_int32),
         ("padded_rows", ctypes.c_int32),
         ("num_rows", ctypes.c_int32),
+        ("sf_together", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
     )
 
 
@@ -70,6 +84,7 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int) -> KernelSpec:
         "dispatch_send",
         input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
+        **send_teams(wire, hidden).constants(_SEND),
         **wire_constants(wire, hidden),
     )
 
@@ -77,14 +92,31 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int) -> KernelSpec:
 def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) -> KernelSpec:
     """Build the spec of the receive kernel."""
     name = "dispatch_recv_columnwise" if columnwise else "dispatch_recv"
+    sharing = {} if columnwise else recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
     return spec(
         name,
         name,
         recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
         stage_bytes=recv_stage_bytes(recv_dtype, hidden),
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
+        **sharing,
         **wire_constants(wire, hidden),
     )
+
+
+def send_teams(wire: WireFormat, hidden: int) -> Teams:
+    """Return the teams of a block of `dispatch_send`."""
+    return teams(hidden, RecordLayout(wire.kind, hidden).num_bytes, _SEND)
+
+
+def recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
+    """Return the teams of a block of `dispatch_recv`."""
+    return teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
+
+
+def _recv_budget(recv_dtype: str, wire: WireFormat) -> Budget:
+    aligns = wire.kind == "mxfp4" and recv_dtype == "fp8" and not wire.hadamard
+    return _RECV if aligns or wire.kind == recv_dtype else _RECV_FLOATS
 
 
 def recv_stage_bytes(recv_dtype: str, hidden: int) -> int:
@@ -124,10 +156,9 @@ def launch_send(
         num_tokens,
         int(after_route),
     )
-    record_bytes = RecordLayout(wire.kind, hidden).num_bytes
-    warps = staging_warps(record_bytes, _SEND_SHARED_BYTES, _MAX_SEND_WARPS)
+    sharing = send_teams(wire, hidden)
     kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden)
-    kernel.launch(launcher.num_sms, 32 * warps, warps * record_bytes, stream, params)
+    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 
 class Receive:
@@ -164,9 +195,8 @@ class Receive:
         self._kernel = launcher.kernels.get(recv_spec, options.recv_dtype, options.columnwise, wire, hidden)
         self._grid, self._threads, self._shared_bytes = launcher.num_sms, _COLUMNWISE_THREADS, 0
         if not options.columnwise:
-            stage_bytes = recv_stage_bytes(options.recv_dtype, hidden)
-            warps = staging_warps(stage_bytes, _RECV_SHARED_BYTES, _MAX_RECV_WARPS)
-            self._threads, self._shared_bytes = 32 * warps, warps * stage_bytes
+            sharing = recv_teams(options.recv_dtype, wire, hidden)
+            self._threads, self._shared_bytes = sharing.threads, sharing.shared_bytes
 
     @property
     def can_guess(self) -> bool:
@@ -206,6 +236,7 @@ class Receive:
             sf_columnwise = torch.empty(num_rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
             params.x_columnwise, params.sf_columnwise = x_columnwise.data_ptr(), sf_columnwise.data_ptr()
         params.x, params.sf = x.data_ptr(), pointer(sf)
+        params.sf_together = int(sf is not None and sf.is_contiguous() and params.sf_group_stride <= 1)
         params.rows_per_expert = rows_per_expert
         params.padded_rows = padded_rows(self._handle, num_rows)
         params.num_rows = num_rows
