@@ -1,5 +1,5 @@
 // The receive side of dispatch that also writes the wgrad operand: row-wise and column-wise FP8 from one
-// read.
+// read. For records whose columns must become floats; MXFP4 that need not has a kernel of its own.
 #include "dispatch_recv.cuh"
 
 constexpr int kTile = 128;
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     const int row_tiles = p.group_offsets[comm.num_local_experts] / kTile;
     constexpr int kColumnTiles = kHidden / kTile;
     constexpr int kStrip = (kColumnTiles + kStrips - 1) / kStrips;
-    uint32_t row_overflows = 0, column_overflows = 0;
+    uint32_t row_overflows = 0;
 
     for (int i = blockIdx.x; i < row_tiles * kStrips; i += gridDim.x) {
         const int first_row = i / kStrips * kTile;
@@ -82,80 +82,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             }
 
             uint32_t columns[kRowsPerThread][kVec / 4];  // E4M3 under the columns' scales: row r, 16 columns
-            if constexpr (kWire == kMxfp4 && !kHadamard) {
-                uint32_t largest = 0;
-                bool counts[kRowsPerThread];
+            // Rows are decoded twice, which costs less than keeping them as floats.
+            uint32_t amax[kVec] = {};
 #pragma unroll
-                for (int r = 0; r < kRowsPerThread; ++r) {
-                    const uint32_t nonzero = any_nonzero(parts[r].codes());
-                    counts[r] = max_over_lanes<kVecsPerBlock>(nonzero) != 0 && parts[r].sf != kE8m0Nan;
-                    largest = max(largest, counts[r] ? parts[r].sf : 0);
-                }
-                largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 8));
-                largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 16));
-                if (lane < kVecsPerGroup) warp_max[warp][lane] = largest;
-                __syncthreads();
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                float v[kVec];
+                decode_wire(parts[r], v);
+#pragma unroll
+                for (int c = 0; c < kVec; ++c)
+                    amax[c] = max(amax[c], __float_as_uint(v[c]) & 0x7fffffffu);
+            }
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) {
+                amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 8));
+                amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 16));
+                if (lane < kVecsPerGroup) warp_max[warp][column + c] = amax[c];
+            }
+            __syncthreads();
+            float factors[kVec];
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) {
 #pragma unroll
                 for (int w = 0; w < kThreads / 32; ++w)
-                    largest = max(largest, warp_max[w][lane % kVecsPerGroup]);
-                const uint32_t top = alignment_top(largest);
-#pragma unroll
-                for (int r = 0; r < kRowsPerThread; ++r) {
-                    const uint32_t place = align_place(parts[r].sf, top);
-                    AlignEntry entry = near_entry(place);
-                    if (!is_near(place, any_nonzero(parts[r].codes()))) entry = kAlignTable[place];
-                    align_codes(entry, parts[r].codes(), columns[r]);
-                    const bool inexact = counts[r] && top - parts[r].sf > kExactDistance;
-                    if (inexact && lane % kVecsPerBlock == 0) ++column_overflows;
-                }
+                    amax[c] = max(amax[c], warp_max[w][column + c]);
+                const int exponent = fp8_scale_exponent(amax[c]);
+                factors[c] = amax[c] >= kInfinityBits ? __uint_as_float(kNanBits) : pow2(-exponent);
                 if (row == 0) {
-                    const float scale = alignment_scale(top);
-                    float4* sf = reinterpret_cast<float4*>(
-                        p.sf_columnwise + static_cast<int64_t>(first_row / kTile) * kHidden + first_column);
-#pragma unroll
-                    for (int c = 0; c < kVec / 4; ++c)
-                        sf[column / 4 + c] = make_float4(scale, scale, scale, scale);
+                    p.sf_columnwise[static_cast<int64_t>(first_row / kTile) * kHidden + first_column +
+                                    column + c] = pow2(exponent);
                 }
-            } else {
-                // Rows are decoded twice, which costs less than keeping them as floats.
-                uint32_t amax[kVec] = {};
+            }
 #pragma unroll
-                for (int r = 0; r < kRowsPerThread; ++r) {
-                    float v[kVec];
-                    decode_wire(parts[r], v);
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                float v[kVec];
+                decode_wire(parts[r], v);
 #pragma unroll
-                    for (int c = 0; c < kVec; ++c)
-                        amax[c] = max(amax[c], __float_as_uint(v[c]) & 0x7fffffffu);
-                }
-#pragma unroll
-                for (int c = 0; c < kVec; ++c) {
-                    amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 8));
-                    amax[c] = max(amax[c], __shfl_xor_sync(kAllLanes, amax[c], 16));
-                    if (lane < kVecsPerGroup) warp_max[warp][column + c] = amax[c];
-                }
-                __syncthreads();
-                float factors[kVec];
-#pragma unroll
-                for (int c = 0; c < kVec; ++c) {
-#pragma unroll
-                    for (int w = 0; w < kThreads / 32; ++w)
-                        amax[c] = max(amax[c], warp_max[w][column + c]);
-                    const int exponent = fp8_scale_exponent(amax[c]);
-                    factors[c] = amax[c] >= kInfinityBits ? __uint_as_float(kNanBits) : pow2(-exponent);
-                    if (row == 0) {
-                        p.sf_columnwise[static_cast<int64_t>(first_row / kTile) * kHidden + first_column +
-                                        column + c] = pow2(exponent);
-                    }
-                }
-#pragma unroll
-                for (int r = 0; r < kRowsPerThread; ++r) {
-                    float v[kVec];
-                    decode_wire(parts[r], v);
-#pragma unroll
-                    for (int c = 0; c < kVec; ++c)
-                        v[c] = __fmul_rn(v[c], factors[c]);
-                    encode_e4m3(v, 1.0f, columns[r]);
-                }
+                for (int c = 0; c < kVec; ++c)
+                    v[c] = __fmul_rn(v[c], factors[c]);
+                encode_e4m3(v, 1.0f, columns[r]);
             }
 
             // Transpose 4x4 bytes in registers: word c of the tile's column holds this thread's four rows.
@@ -190,5 +154,4 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
         }
     }
     add_overflows(p.overflows, row_overflows);
-    add_overflows(p.overflows + 1, column_overflows);
 }

@@ -28,10 +28,23 @@ from qcomm.records import RECORD_ALIGNMENT, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 _COLUMNWISE_THREADS = 256
+_TILES = 3
+_TILE_ROWS, _TILE_LANE_ROWS = 128, 16
+_TILE_REGISTERS = 48
 _SEND = Budget(warps=14, registers=64, shared_bytes=92 * 1024, stages=4)
 _RECV = Budget(warps=28, registers=40, shared_bytes=118 * 1024, stages=3)
 _RECV_FLOATS = Budget(warps=14, registers=72, shared_bytes=118 * 1024, stages=3)
 """Where elements must become floats."""
+
+
+def _tile_shared_bytes() -> int:
+    """Return the shared memory of a tile: its bytes and scales, where its scales lie in the table, its records."""
+    scales = 4 * _COLUMNWISE_THREADS // 64 * (_TILE_ROWS + _TILE_ROWS // _TILE_LANE_ROWS)
+    places = _TILE_LANE_ROWS * _COLUMNWISE_THREADS
+    return align(_TILE_ROWS * _COLUMNWISE_THREADS + scales, 128) + align(places + 4 * _TILE_ROWS, 128)
+
+
+TILE_SHARED_BYTES = _tile_shared_bytes()
 
 
 class DispatchSendParams(ctypes.Structure):
@@ -91,8 +104,16 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int) -> KernelSpec:
 
 def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) -> KernelSpec:
     """Build the spec of the receive kernel."""
-    name = "dispatch_recv_columnwise" if columnwise else "dispatch_recv"
-    sharing = {} if columnwise else recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
+    name, sharing = "dispatch_recv", recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
+    if columnwise:
+        name, sharing = "dispatch_recv_columnwise", {}
+        if _by_tiles(wire):
+            name = "dispatch_recv_columnwise_mxfp4"
+            sharing = {
+                "threads": _COLUMNWISE_THREADS,
+                "tile_shared_bytes": TILE_SHARED_BYTES,
+                "max_registers": _TILE_REGISTERS,
+            }
     return spec(
         name,
         name,
@@ -102,6 +123,11 @@ def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) 
         **sharing,
         **wire_constants(wire, hidden),
     )
+
+
+def _by_tiles(wire: WireFormat) -> bool:
+    """Whether columns can be aligned without becoming floats, which is done by tiles of 128 rows and 512 columns."""
+    return wire.kind == "mxfp4" and not wire.hadamard
 
 
 def send_teams(wire: WireFormat, hidden: int) -> Teams:
@@ -194,7 +220,9 @@ class Receive:
         wire = decoding(options.wire)
         self._kernel = launcher.kernels.get(recv_spec, options.recv_dtype, options.columnwise, wire, hidden)
         self._grid, self._threads, self._shared_bytes = launcher.num_sms, _COLUMNWISE_THREADS, 0
-        if not options.columnwise:
+        if options.columnwise and _by_tiles(wire):
+            self._threads, self._shared_bytes = _TILES * _COLUMNWISE_THREADS, _TILES * TILE_SHARED_BYTES
+        elif not options.columnwise:
             sharing = recv_teams(options.recv_dtype, wire, hidden)
             self._threads, self._shared_bytes = sharing.threads, sharing.shared_bytes
 
