@@ -20,8 +20,9 @@ static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
               "qcomm/ops/dispatch.py holds the same");
 
 constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
-// Whether a team loads the next token while it encodes one; rounding at random takes the registers for it.
-constexpr bool kLoadsAhead = !kStochastic && kVecsPerThread == 1;
+// Whether a team loads the next token while it encodes one; rounding at random and rotations take the
+// registers for it.
+constexpr bool kLoadsAhead = !kStochastic && !kHadamard && kVecsPerThread == 1;
 
 // Reads one lane's part of a token; lanes past the end get zeros.
 __device__ __forceinline__ LaneVec read_input(const DispatchSendParams& p, int token, int vec) {

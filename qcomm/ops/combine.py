@@ -68,7 +68,7 @@ def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
 
 def _recv_threads(wire: WireFormat) -> int:
     """Return the threads of a block of `combine_recv`; a rotation takes more registers."""
-    return 256 if wire.hadamard else 448
+    return 256 if wire.hadamard else 384
 
 
 def send_teams(wire: WireFormat, hidden: int) -> Teams:

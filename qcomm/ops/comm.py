@@ -196,7 +196,10 @@ def teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
 
 
 class Budget(NamedTuple):
-    """What a kernel may take of an SM: warps, registers a thread, shared memory, and how many stages are of use."""
+    """What a kernel may take of an SM: warps, registers a thread, shared memory, and how many stages are of use.
+
+    An SM has 65,536 registers in four parts, over which a block's warps are spread, so 14 warps take as many as 16.
+    """
 
     warps: int
     registers: int

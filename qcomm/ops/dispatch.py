@@ -31,7 +31,7 @@ _COLUMNWISE_THREADS = 256
 _TILES = 3
 _TILE_ROWS, _TILE_LANE_ROWS = 128, 16
 _TILE_REGISTERS = 48
-_SEND = Budget(warps=14, registers=64, shared_bytes=92 * 1024, stages=4)
+_SEND = Budget(warps=14, registers=56, shared_bytes=92 * 1024, stages=4)
 _RECV = Budget(warps=28, registers=40, shared_bytes=118 * 1024, stages=3)
 _RECV_FLOATS = Budget(warps=14, registers=72, shared_bytes=118 * 1024, stages=3)
 """Where elements must become floats."""
