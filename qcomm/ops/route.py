@@ -17,7 +17,7 @@ for none), rows of the result, rows per expert of the "batched" layout, then `re
 per local expert [num_local_experts]."""
 
 MAX_CHUNKS = 128
-_ROUTE_THREADS = 1024
+_ROUTE_THREADS = 512
 _PLACE_THREADS = 256
 
 
