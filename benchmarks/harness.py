@@ -1,13 +1,13 @@
 """What the benchmarks share: start-up, timing, the ceiling and the report.
 
-METHOD. An iteration on CUDA: a 256 MiB buffer is written, which flushes L2; `torch.cuda._sleep` holds the device for
-about 1 ms, so that the host has launched everything below before the device comes to it; a NCCL all_reduce of one
-element on the current stream lets all ranks go on together; an event is recorded, the call made, and an event recorded.
-The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a pass of its
-own, because a call that synchronises with the host would wait for the sleep too, the host time is taken with
-`time.perf_counter` around the call, with the device idle and the ranks together before it. On the CPU the host time is
-the only one. Python collects no garbage meanwhile. p50 and p99 are nearest-rank percentiles of each rank's iterations;
-reported are the slowest rank's p50, the slowest p99 and the slowest host p50.
+METHOD. An iteration on CUDA: a 256 MiB buffer is read, which fills L2 with clean lines; `torch.cuda._sleep` holds the
+device for about 1 ms, so that the host has launched everything below before the device comes to it; a NCCL all_reduce
+of one element on the current stream lets all ranks go on together; an event is recorded, the call made, and an event
+recorded. The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a
+pass of its own, because a call that synchronises with the host would wait for the sleep too, the host time is taken
+with `time.perf_counter` around the call, with the device idle and the ranks together before it. On the CPU the host
+time is the only one. Python collects no garbage meanwhile. p50 and p99 are nearest-rank percentiles of each rank's
+iterations; reported are the slowest rank's p50, the slowest p99 and the slowest host p50.
 
 CEILING. A kernel on all SMs stores 64 MiB to each peer at once, in 16-byte vectors, timed in the same run in the same
 way. Its bandwidth is the remote bytes of a rank over that time.
@@ -190,8 +190,21 @@ class Clock:
     def __init__(self, member: Member, iterations: int) -> None:
         self._member, self._iterations = member, iterations
         self._on_cuda = member.device.type == "cuda"
-        self._flush = torch.empty(_FLUSH_BYTES if self._on_cuda else 0, dtype=torch.uint8, device=member.device)
+        self._flush = torch.zeros(_FLUSH_BYTES if self._on_cuda else 0, dtype=torch.uint8, device=member.device)
         self._token = torch.zeros(1, device=member.device)
+
+    def captured(self, call: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        """Capture a call in a CUDA graph; return what replays it, and what the call gave. On the CPU, the call."""
+        if not self._on_cuda:
+            return call, call()
+        call()
+        settle(self._member)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+        graph.replay()
+        settle(self._member)
+        return graph.replay, result
 
     def time(self, call: Callable[[], object]) -> Timing:
         """Time a call."""
@@ -216,7 +229,7 @@ class Clock:
 
     def _device_us(self, call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.amax()
         torch.cuda._sleep(_SLEEP_CYCLES)
         # After the sleep, whose length in time is that of each GPU's own clock.
         dist.all_reduce(self._token, group=self._member.group)

@@ -34,25 +34,30 @@ class Benchmark:
         precision: of the buffer for a wire.
         baselines: times what NCCL would do, in BF16 first.
         measure: checks one configuration, then times it.
+        tokens: counts to run one after the other where the command line names none; None is one run.
     """
 
     name: str
     precision: Callable[[WireKind], WirePrecision]
     baselines: Callable[[workload.Workload, baselines.Traffic, harness.Clock], list[harness.Row]]
     measure: Callable[[Context, Buffer, WireKind, RecvLayout], list[harness.Row]]
+    tokens: tuple[int, ...] | None = None
 
 
 def run(benchmark: Benchmark, flags: workload.Flags) -> int:
     """Run a benchmark and return the exit code: 1 if a result was wrong, 2 if the sizes were."""
     with harness.session() as session:
-        try:
-            geometry = workload.sizes(flags, session.member)
-        except ValueError as error:
-            return _fail(session, str(error), 2)
-        try:
-            _run(benchmark, flags, session, workload.make(flags, geometry, session.member))
-        except harness.MismatchError as error:
-            return _fail(session, f"results differ from the oracle's, no times are reported:\n{error}", 1)
+        given = flags.sizes["tokens"]
+        for tokens in (given,) if given is not None or benchmark.tokens is None else benchmark.tokens:
+            one = dataclasses.replace(flags, sizes=flags.sizes | {"tokens": tokens})
+            try:
+                geometry = workload.sizes(one, session.member)
+            except ValueError as error:
+                return _fail(session, str(error), 2)
+            try:
+                _run(benchmark, one, session, workload.make(one, geometry, session.member))
+            except harness.MismatchError as error:
+                return _fail(session, f"results differ from the oracle's, no times are reported:\n{error}", 1)
     return 0
 
 

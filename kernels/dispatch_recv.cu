@@ -72,7 +72,6 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     if (__syncthreads_or(timed_out(comm))) return;
     const Team team;
     const int lane = threadIdx.x % 32;
-    const uint32_t epoch = comm.state->epoch;
     const int num_ranks = comm.num_ranks;
     Ring<kStageBytes> ring(team, shared);
     if (p.padded_rows != 0) write_padding(p, team, ring);
@@ -82,39 +81,65 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         most = max(most, p.recv_offsets[source + 1] - p.recv_offsets[source]);
     }
     uint32_t overflows = 0;
-    for (int next = team.index; next < most * num_ranks; next += team.count) {
-        const int source = next % num_ranks, slot = next / num_ranks;
-        const int record = p.recv_offsets[source] + slot;
-        if (record >= p.recv_offsets[source + 1]) continue;
-        const int64_t index = slot_index(comm, source, slot);
-        int my_row = lane < p.width ? p.record_rows[static_cast<int64_t>(record) * p.width + lane] : -1;
-        if (my_row >= p.num_rows) my_row = -1;
-        // One that waited in vain goes on with its team; the host raises.
-        if (lane == 0) {
-            const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + index;
-            wait_flag(comm, flag, epoch, source, kPhaseDispatch);
+    for (int first = team.index; first < most * num_ranks; first += 32 * team.count) {
+        // A lane knows one of the team's next records, so that all their flags are looked at together.
+        const int mine = first + lane * team.count, slot = mine / num_ranks;
+        int my_record = -1, my_index = 0;
+        if (slot < most) {
+            const int source = mine % num_ranks, record = p.recv_offsets[source] + slot;
+            if (record < p.recv_offsets[source + 1]) my_record = record;
+            my_index = static_cast<int>(slot_index(comm, source, slot));
         }
-        __syncwarp();
-        const uint8_t* bytes = region<uint8_t>(comm, comm.rank, comm.dispatch_records) + index * kRecordBytes;
-        uint8_t* stage = ring.stage();
-        uint32_t record_overflows = 0;
+        const auto my_flag = [&] {
+            return region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + my_index;
+        };
+        const auto look = [&] {
+            return __ballot_sync(
+                kAllLanes,
+                my_record >= 0 && static_cast<int32_t>(load_acquire_sys(my_flag()) - comm.state->epoch) >= 0);
+        };
+        uint32_t there = look();
+        const auto load_rows = [&](uint32_t left) {
+            if (left == 0) return -1;
+            const int record = __shfl_sync(kAllLanes, my_record, __ffs(left) - 1);
+            return lane < p.width ? p.record_rows[static_cast<int64_t>(record) * p.width + lane] : -1;
+        };
+
+        uint32_t left = __ballot_sync(kAllLanes, my_record >= 0);
+        int rows_ahead = load_rows(left);
+        for (; left != 0; left &= left - 1) {
+            const int k = __ffs(left) - 1;
+            const uint8_t* bytes = region<uint8_t>(comm, comm.rank, comm.dispatch_records) +
+                                   static_cast<int64_t>(__shfl_sync(kAllLanes, my_index, k)) * kRecordBytes;
+            if ((there >> k & 1) == 0) {
+                // One that waits in vain goes on with its team; the host raises.
+                if (lane == k)
+                    wait_flag(comm, my_flag(), comm.state->epoch, mine % num_ranks, kPhaseDispatch);
+                __syncwarp();
+                there = look();
+            }
+            const int my_row = rows_ahead < p.num_rows ? rows_ahead : -1;
+            rows_ahead = load_rows(left & (left - 1));
+            uint8_t* stage = ring.stage();
+            uint32_t record_overflows = 0;
 #pragma unroll 1
-        for (int first = 0; first < kVecsPerThread; first += kBatch) {
-            LaneVec parts[kBatch];
+            for (int i = 0; i < kVecsPerThread; i += kBatch) {
+                LaneVec parts[kBatch];
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-                parts[i] = read_record(bytes, team.vec(first + i));
+                for (int j = 0; j < kBatch; ++j)
+                    parts[j] = read_record(bytes, team.vec(i + j));
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-                write_part(stage, team.vec(first + i), convert(parts[i], p.quantizer, record_overflows));
+                for (int j = 0; j < kBatch; ++j)
+                    write_part(stage, team.vec(i + j), convert(parts[j], p.quantizer, record_overflows));
+            }
+            ring.written(team);
+            if (team.is_first_warp()) {
+                write_rows(p, stage, my_row);
+                bulk_wait_read<kPending<1>>();
+            }
+            ring.next(team);
+            overflows += record_overflows * __popc(__ballot_sync(kAllLanes, my_row >= 0));
         }
-        ring.written(team);
-        if (team.is_first_warp()) {
-            write_rows(p, stage, my_row);
-            bulk_wait_read<kPending>();
-        }
-        ring.next(team);
-        overflows += record_overflows * __popc(__ballot_sync(kAllLanes, my_row >= 0));
     }
     bulk_wait<0>();
     add_overflows(p.overflows, overflows);

@@ -1,5 +1,5 @@
 // The send side of dispatch: quantizes each token once and copies its record to every destination rank.
-#include "team.cuh"
+#include "sender.cuh"
 #include "wait.cuh"
 
 enum InputKind { kInputBf16 = QCOMM_BF16, kInputFp8 = QCOMM_FP8, kInputMxfp4 = QCOMM_MXFP4 };
@@ -127,5 +127,5 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         }
         sender.send(team, destination, flag);
     }
-    sender.finish();
+    sender.finish(team);
 }

@@ -40,6 +40,15 @@ __device__ __forceinline__ void store_release_sys(uint32_t* p, uint32_t v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_relaxed_sys(uint32_t* p, uint32_t v) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Before a relaxed store, what a release would do.
+__device__ __forceinline__ void fence_sys() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
 __device__ __forceinline__ void store_release_gpu(uint32_t* p, uint32_t v) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -152,9 +161,10 @@ __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits for all of this thread's copies; a barrier then shows them to the block.
+// Waits for all but the last kPending groups of this thread's copies; a barrier then shows them to the block.
+template <int kPending = 0>
 __device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Packed 16-bit arithmetic: a * b + c rounded once, a * b, and integer minimum and maximum.

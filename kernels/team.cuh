@@ -7,8 +7,9 @@ constexpr int kTeamWarps = QCOMM_TEAM_WARPS;
 constexpr int kTeamThreads = 32 * kTeamWarps;
 constexpr int kVecsPerThread = (kNumVecs + kTeamThreads - 1) / kTeamThreads;
 constexpr int kStages = QCOMM_STAGES;  // a team's, in shared memory
-// Copies that may be under way while the next stage is written.
-constexpr int kPending = kStages > 2 ? kStages - 2 : 0;
+// Copies that may be under way when the first warp has waited, which it does for every record, or every few.
+template <int kEvery>
+constexpr int kPending = kStages > kEvery + 1 ? kStages - 1 - kEvery : 0;
 
 struct Team {
     int number;  // in its block
@@ -39,8 +40,8 @@ struct Team {
 };
 
 // A team's ring of stages. All of the team write a stage; then its first warp copies it out, while the others
-// write the next. A stage comes round again when its copies are done: the first warp waits for all but the
-// last kPending before it meets the others.
+// write the next. A stage comes round again when its copies are done: before the first warp meets the others
+// it has waited for all but the last kPending.
 template <int kBytes>
 class Ring {
   public:
@@ -48,6 +49,9 @@ class Ring {
         : first_(shared + team.number * kStages * kBytes), stage_(first_) {}
 
     __device__ __forceinline__ uint8_t* stage() const { return stage_; }
+    __device__ __forceinline__ uint8_t* stage(uint32_t number) const {
+        return first_ + number % kStages * kBytes;
+    }
 
     // Makes the stage, which all have written, ready to be copied.
     __device__ __forceinline__ void written(const Team& team) const {
@@ -67,47 +71,4 @@ class Ring {
   private:
     uint8_t* first_;
     uint8_t* stage_;
-};
-
-// Sends a team's records. A record's flags are raised once its copies are complete.
-class Sender {
-  public:
-    __device__ __forceinline__ Sender(const Team& team, uint8_t* shared, uint32_t epoch)
-        : ring_(team, shared), epoch_(epoch) {}
-
-    __device__ __forceinline__ uint8_t* stage() const { return ring_.stage(); }
-
-    // Sends the stage to the destinations of the first warp's lanes, null for none.
-    __device__ __forceinline__ void send(const Team& team, uint8_t* destination, uint32_t* flag) {
-        ring_.written(team);
-        if (team.is_first_warp()) {
-            if (destination != nullptr) bulk_store(destination, stage(), kRecordBytes);
-            bulk_commit();
-#pragma unroll
-            for (int i = kPending; i > 0; --i)
-                flags_[i] = flags_[i - 1];
-            flags_[0] = destination == nullptr ? nullptr : flag;
-            bulk_wait<kPending>();
-            raise(flags_[kPending]);
-        }
-        ring_.next(team);
-    }
-
-    // Waits for all copies and raises the flags that are left.
-    __device__ __forceinline__ void finish() {
-        bulk_wait<0>();
-#pragma unroll
-        for (int i = kPending; i >= 0; --i)
-            raise(flags_[i]);
-    }
-
-  private:
-    __device__ __forceinline__ void raise(uint32_t*& flag) {
-        if (flag != nullptr) store_release_sys(flag, epoch_);
-        flag = nullptr;
-    }
-
-    Ring<kRecordBytes> ring_;
-    uint32_t* flags_[kPending + 1] = {};
-    uint32_t epoch_;
 };

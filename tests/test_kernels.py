@@ -355,12 +355,12 @@ def test_teams(hidden: int, budget: comm.Budget) -> None:
         shared = comm.teams(hidden, stage_bytes, budget)
         # No more warps than the record has work for, and none idle in every step but the last.
         per_warp = -(-steps // shared.warps)
-        assert shared.warps == -(-steps // per_warp) <= 14
+        assert shared.warps == -(-steps // per_warp) <= budget.team_warps
         assert shared.warps * shared.count <= budget.warps
         assert shared.warps == 1 or shared.count <= 15
         assert 1 <= shared.stages <= budget.stages
         assert shared.count * shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
-    assert comm.teams(7168, 3808, dispatch._RECV) == comm.Teams(14, 2, 3, 3808)
+    assert comm.teams(7168, 3808, dispatch._RECV) == comm.Teams(7, 3, 8, 3808)
     assert comm.teams(40960, 81920, dispatch._SEND) == comm.Teams(14, 1, 1, 81920)
 
 

@@ -18,13 +18,18 @@ from qcomm.ops.comm import (
     decoding,
     encoding,
     pointer,
+    send_stage_bytes,
     spec,
     teams,
     wire_constants,
 )
-from qcomm.records import RecordLayout
 
-_SEND = Budget(warps=14, registers=80, shared_bytes=172 * 1024, stages=3)
+_CHUNK_BYTES = 4 * 1024
+_SEND_WARPS = 14
+_SEND = Budget(
+    _SEND_WARPS, _SEND_WARPS, registers=80, shared_bytes=172 * 1024 - 2 * _SEND_WARPS * _CHUNK_BYTES, stages=12
+)
+"""What two chunks a warp leave."""
 
 
 class CombineSendParams(ctypes.Structure):
@@ -73,7 +78,7 @@ def _recv_threads(wire: WireFormat) -> int:
 
 def send_teams(wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `combine_send`."""
-    return teams(hidden, RecordLayout(wire.kind, hidden).num_bytes, _SEND)
+    return teams(hidden, send_stage_bytes(wire, hidden), _SEND)
 
 
 def launch_send(
@@ -99,7 +104,8 @@ def launch_send(
     )
     sharing = send_teams(wire, hidden)
     kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
-    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
+    shared_bytes = sharing.shared_bytes + 2 * sharing.threads // 32 * _CHUNK_BYTES
+    kernel.launch(launcher.num_sms, sharing.threads, shared_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:

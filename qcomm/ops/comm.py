@@ -18,7 +18,6 @@ MAX_BLOCK_SHARED_BYTES = 227 * 1024
 MAX_HIDDEN = 40960
 """A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
 _WARP_ELEMENTS = 512
-_MAX_TEAM_WARPS = 14
 _MAX_TEAMS = 15
 """Named barriers of a block, less the one of the whole block."""
 PHASES = ("barrier", "route", "dispatch", "combine")
@@ -181,13 +180,23 @@ class Teams:
 
     def constants(self, budget: Budget) -> dict[str, int]:
         """Return the constants that the kernel sees."""
-        return {"team_warps": self.warps, "stages": self.stages, "max_registers": budget.registers}
+        return {
+            "team_warps": self.warps,
+            "stages": self.stages,
+            "stage_bytes": self.stage_bytes,
+            "max_registers": budget.registers,
+        }
+
+
+def send_stage_bytes(wire: WireFormat, hidden: int) -> int:
+    """Return the shared memory that holds a record to send and the addresses of its flags."""
+    return RecordLayout(wire.kind, hidden).num_bytes + 8 * MAX_RANKS
 
 
 def teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
     """Divide a block's warps into teams, as many as the budget has room for."""
     steps = -(-hidden // _WARP_ELEMENTS)
-    warps = -(-steps // -(-steps // _MAX_TEAM_WARPS))
+    warps = -(-steps // -(-steps // budget.team_warps))
     least = min(2, budget.stages)
     most = budget.warps // warps if warps == 1 else min(_MAX_TEAMS, budget.warps // warps)
     count = max(1, min(most, budget.shared_bytes // (least * stage_bytes)))
@@ -196,12 +205,13 @@ def teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
 
 
 class Budget(NamedTuple):
-    """What a kernel may take of an SM: warps, registers a thread, shared memory, and how many stages are of use.
+    """What a kernel may take of an SM: warps, those of one team, registers a thread, shared memory, and stages a team.
 
     An SM has 65,536 registers in four parts, over which a block's warps are spread, so 14 warps take as many as 16.
     """
 
     warps: int
+    team_warps: int
     registers: int
     shared_bytes: int
     stages: int

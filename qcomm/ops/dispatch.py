@@ -20,20 +20,21 @@ from qcomm.ops.comm import (
     decoding,
     encoding,
     pointer,
+    send_stage_bytes,
     spec,
     teams,
     wire_constants,
 )
-from qcomm.records import RECORD_ALIGNMENT, RecordLayout, align
+from qcomm.records import RECORD_ALIGNMENT, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 _COLUMNWISE_THREADS = 256
 _TILES = 3
 _TILE_ROWS, _TILE_LANE_ROWS = 128, 16
 _TILE_REGISTERS = 48
-_SEND = Budget(warps=14, registers=56, shared_bytes=92 * 1024, stages=4)
-_RECV = Budget(warps=28, registers=40, shared_bytes=118 * 1024, stages=3)
-_RECV_FLOATS = Budget(warps=14, registers=72, shared_bytes=118 * 1024, stages=3)
+_SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
+_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
+_RECV_FLOATS = Budget(warps=14, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
 """Where elements must become floats."""
 
 
@@ -118,7 +119,6 @@ def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) 
         name,
         name,
         recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
-        stage_bytes=recv_stage_bytes(recv_dtype, hidden),
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         **sharing,
         **wire_constants(wire, hidden),
@@ -132,7 +132,7 @@ def _by_tiles(wire: WireFormat) -> bool:
 
 def send_teams(wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `dispatch_send`."""
-    return teams(hidden, RecordLayout(wire.kind, hidden).num_bytes, _SEND)
+    return teams(hidden, send_stage_bytes(wire, hidden), _SEND)
 
 
 def recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
