@@ -111,6 +111,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         next_slot = slot_of(following);
         if (kLoadsAhead && following < p.num_tokens) next = read_input(p, following, team.thread);
         if (__all_sync(kAllLanes, slot < 0)) continue;
+        sender.begin(team);
         if constexpr (kLoadsAhead) {
             write(ahead, token, team.thread);
         } else {

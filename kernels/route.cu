@@ -84,12 +84,12 @@ __device__ __forceinline__ uint32_t ranks_of(const Comm& comm, const int (&exper
 // Numbers each token within its destination ranks and its experts, in token order, and writes every record's
 // metadata and this rank's counts to the peers. Counts the call in state->epoch.
 //
-// Grid ceil(num_tokens / chunk), at least 1 and at most 128; 512 threads. Dynamic shared memory:
+// Grid ceil(num_tokens / chunk), at least 1 and at most 128; any block of whole warps. Dynamic shared memory:
 // (num_experts + num_ranks) * (1 + chunk / 32) words: how many earlier tokens go to each expert and rank,
 // then for each a bitmap of the chunk's tokens. A block publishes its chunk's counts and adds up those of the
 // chunks before it; blocks start in order, so it waits only for blocks that run. The last block to finish
 // raises this rank's route flag in every peer.
-extern "C" __global__ void __maxnreg__(56) route(const __grid_constant__ RouteParams p) {
+extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_constant__ RouteParams p) {
     extern __shared__ uint32_t shared[];
     const Comm& comm = p.comm;
     const int num_keys = comm.num_experts + comm.num_ranks;

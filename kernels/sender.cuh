@@ -3,8 +3,9 @@
 
 #include "team.cuh"
 
-// A stage also holds the addresses of its flags, which are raised, a few records at a
-// time because that takes a fence, once the copies are complete.
+// A stage also holds the addresses of its flags. They are raised once the copies are complete: a few records
+// at a time where there are stages for it, because that takes a fence; where there is one stage, when the
+// next record is sent, so that it can be loaded meanwhile.
 class Sender {
   public:
     static constexpr int kStageBytes = kRecordBytes + 8 * kMaxRanks;
@@ -15,17 +16,26 @@ class Sender {
 
     __device__ __forceinline__ uint8_t* stage() const { return ring_.stage(); }
 
+    // Call before a record is written to the stage.
+    __device__ __forceinline__ void begin(const Team& team) const {
+        if constexpr (kStages == 1) {
+            if (team.is_first_warp()) bulk_wait_read<0>();
+            team.sync();
+        }
+    }
+
     // Sends the stage to the destinations of the first warp's first kMaxRanks lanes, null for none.
     __device__ __forceinline__ void send(const Team& team, uint8_t* destination, uint32_t* flag) {
         ring_.written(team);
         if (team.is_first_warp()) {
+            if constexpr (kStages == 1) raise<0>(team);
             if (destination != nullptr) bulk_store(destination, stage(), kRecordBytes);
             bulk_commit();
             if (team.thread < kMaxRanks) flag_of(sent_) = destination == nullptr ? nullptr : flag;
             ++sent_;
-            if (sent_ % kEvery == 0) raise<kPending<kEvery>>(team);
+            if (kStages > 1 && sent_ % kEvery == 0) raise<kPending<kEvery>>(team);
         }
-        ring_.next(team);
+        if constexpr (kStages > 1) ring_.next(team);
     }
 
     // Waits for all copies and raises the flags that are left.

@@ -63,6 +63,7 @@ def label(spec: KernelSpec) -> str:
     if "WIRE" in c:
         wire = "rotated " * c["HADAMARD"] + "stochastic " * c["STOCHASTIC"] + WIRE_KINDS[c["WIRE"]]
         source = f"{WIRE_KINDS[c['INPUT']]}->" if "INPUT" in c else ""
+        wire += " by teams" * (spec.name == "combine_send" and c["STAGES"] > 1)
         words.append(source + wire + (f"->{WIRE_KINDS[c['RECV']]}" if "RECV" in c else ""))
     elif "NUM_TOPK" in c:
         words.append(f"{8 * c['INDEX_BYTES']}-bit top-{c['NUM_TOPK']}")
@@ -92,7 +93,7 @@ def test_every_kernel_is_listed_once() -> None:
         "dispatch_recv": 3 * 3 + 3,
         "dispatch_recv_columnwise": 2 + 1,
         "dispatch_recv_columnwise_mxfp4": 1,
-        "combine_send": 3 + 3,
+        "combine_send": 2 * (3 + 3),  # for many records and for few
         "combine_recv": 3 + 1,
     }
 
@@ -204,6 +205,7 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
     kernels: Any = recorder
     launcher = comm.Launcher(kernels, comm.Comm(num_ranks=2, num_experts=256, num_local_experts=128), 132)
     handle = one_record(num_topk)
+    many = dataclasses.replace(handle, record_src_token=torch.zeros(8192, dtype=torch.int32))
     y = torch.zeros(128, hidden, dtype=torch.bfloat16)
     overflows = torch.zeros(2, dtype=torch.int64)
     comm.launch_barrier(launcher, 0, overflows)
@@ -230,7 +232,8 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
                     async_op=False,
                 )
                 dispatch.Receive(launcher, handle, options, hidden, overflows).launch(0, 128, 0)
-        combine.launch_send(launcher, 0, y, handle, wire, True, 0)
+        for records in (handle, many):
+            combine.launch_send(launcher, 0, y, records, wire, True, 0)
         combine.launch_recv(launcher, 0, handle, wire, hidden)
     return recorder.launches
 
@@ -343,7 +346,9 @@ def test_a_structure_of_another_size_does_not_compile() -> None:
         jit.compile_cubin(dataclasses.replace(spec, constants=tuple(constants.items())), ARCH)
 
 
-@pytest.mark.parametrize("budget", [dispatch._SEND, dispatch._RECV, dispatch._RECV_FLOATS, combine._SEND])
+@pytest.mark.parametrize(
+    "budget", [dispatch._SEND, dispatch._RECV, dispatch._RECV_FLOATS, combine._SEND, combine._SEND_FEW]
+)
 @pytest.mark.parametrize("hidden", [128, 512, 1024, 2880 // 128 * 128, 4096, 7168, 7296, 8192, 16384, 24576, 40960])
 def test_teams(hidden: int, budget: comm.Budget) -> None:
     steps = -(-hidden // 512)

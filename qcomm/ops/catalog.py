@@ -49,7 +49,7 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
         specs += (send_spec(kind, encoding(wire, kind), hidden) for kind in _inputs(wire))
         specs += (recv_spec(dtype, False, decoding(wire), hidden) for dtype in RECV_DTYPES)
         specs.append(recv_spec("fp8", True, decoding(wire), hidden))
-        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden))
+        specs += (combine_spec("combine_send", encoding(wire, "bf16"), hidden, few) for few in (False, True))
         specs.append(combine_spec("combine_recv", decoding(wire), hidden))
     return list(dict.fromkeys(specs))
 

@@ -24,12 +24,10 @@ from qcomm.ops.comm import (
     wire_constants,
 )
 
-_CHUNK_BYTES = 4 * 1024
-_SEND_WARPS = 14
-_SEND = Budget(
-    _SEND_WARPS, _SEND_WARPS, registers=80, shared_bytes=172 * 1024 - 2 * _SEND_WARPS * _CHUNK_BYTES, stages=12
-)
-"""What two chunks a warp leave."""
+_SEND = Budget(warps=12, team_warps=1, registers=80, shared_bytes=172 * 1024, stages=1)
+_SEND_FEW = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=3)
+"""Where records are few, and what counts is how long one takes."""
+_FEW_RECORDS_PER_SM = 8
 
 
 class CombineSendParams(ctypes.Structure):
@@ -58,15 +56,16 @@ class CombineRecvParams(ctypes.Structure):
     )
 
 
-def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
-    """Build the spec of `combine_send` or `combine_recv`."""
+def combine_spec(name: str, wire: WireFormat, hidden: int, few: bool = False) -> KernelSpec:
+    """Build the spec of `combine_send`, for few records or many, or of `combine_recv`."""
+    budget = _SEND_FEW if few else _SEND
     return spec(
         "combine",
         name,
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         recv_threads=_recv_threads(wire),
-        **send_teams(wire, hidden).constants(_SEND),
+        **send_teams(wire, hidden, few).constants(budget),
         **wire_constants(wire, hidden),
     )
 
@@ -76,9 +75,14 @@ def _recv_threads(wire: WireFormat) -> int:
     return 256 if wire.hadamard else 384
 
 
-def send_teams(wire: WireFormat, hidden: int) -> Teams:
+def send_teams(wire: WireFormat, hidden: int, few: bool) -> Teams:
     """Return the teams of a block of `combine_send`."""
-    return teams(hidden, send_stage_bytes(wire, hidden), _SEND)
+    return teams(hidden, send_stage_bytes(wire, hidden), _SEND_FEW if few else _SEND)
+
+
+def are_few(num_records: int, num_sms: int) -> bool:
+    """Tell whether a team of warps for each record is faster than a warp."""
+    return num_records <= _FEW_RECORDS_PER_SM * num_sms
 
 
 def launch_send(
@@ -102,10 +106,10 @@ def launch_send(
         Quantizer.of(wire, seed, 0),
         handle.record_rows.shape[1],
     )
-    sharing = send_teams(wire, hidden)
-    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
-    shared_bytes = sharing.shared_bytes + 2 * sharing.threads // 32 * _CHUNK_BYTES
-    kernel.launch(launcher.num_sms, sharing.threads, shared_bytes, stream, params)
+    few = are_few(handle.record_src_token.shape[0], launcher.num_sms)
+    sharing = send_teams(wire, hidden, few)
+    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden, few)
+    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:

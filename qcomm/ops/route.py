@@ -17,7 +17,7 @@ for none), rows of the result, rows per expert of the "batched" layout, then `re
 per local expert [num_local_experts]."""
 
 MAX_CHUNKS = 128
-_ROUTE_THREADS = 512
+_SMALL_TOPK = 8
 _PLACE_THREADS = 256
 
 
@@ -66,6 +66,7 @@ def route_spec(name: str, num_topk: int, index_bytes: int) -> KernelSpec:
         "route",
         name,
         num_topk=num_topk,
+        max_registers=32 if num_topk <= _SMALL_TOPK else 56,
         index_bytes=index_bytes,
         host_ready=HOST_READY,
         host_bad_rank=HOST_BAD_RANK,
@@ -81,6 +82,11 @@ def route_spec(name: str, num_topk: int, index_bytes: int) -> KernelSpec:
 def route_chunk(num_tokens: int) -> int:
     """Return the tokens a block numbers: at most 128 blocks, in whole bitmap words."""
     return max(32, align(-(-num_tokens // MAX_CHUNKS), 32))
+
+
+def route_threads(num_topk: int) -> int:
+    """Return the threads of a `route` block: as many as a waiting receiver of another buffer leaves registers for."""
+    return 896 if num_topk <= _SMALL_TOPK else 512
 
 
 def route_shared_bytes(num_experts: int, num_ranks: int, num_tokens: int) -> int:
@@ -102,7 +108,7 @@ def launch_route(
     shared_bytes = route_shared_bytes(comm.num_experts, comm.num_ranks, num_tokens)
     params = RouteParams(comm, topk_idx.data_ptr(), pointer(topk_weights), send_slot.data_ptr(), num_tokens, chunk)
     kernel = launcher.kernels.get(route_spec, "route", num_topk, topk_idx.element_size())
-    kernel.launch(max(1, -(-num_tokens // chunk)), _ROUTE_THREADS, shared_bytes, stream, params)
+    kernel.launch(max(1, -(-num_tokens // chunk)), route_threads(num_topk), shared_bytes, stream, params)
 
 
 def launch_place(launcher: Launcher, stream: int, num_topk: int, params: PlaceParams) -> None:
