@@ -46,6 +46,7 @@ from pathlib import Path
 import codec_report
 import harness
 import plot_codec
+import plotting
 import torch
 from codec_baselines import BaselineError, baselines
 from codec_entries import COLUMN_MULTIPLE, ENTRIES, ROW_MULTIPLE
@@ -210,13 +211,6 @@ def _positive(text: str) -> int:
     return value
 
 
-def _drawing(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in plot_codec.SUFFIXES:
-        raise argparse.ArgumentTypeError(f"must end in one of {plot_codec.SUFFIXES}, got {text!r}")
-    return path
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m qcomm bench {NAME}",
@@ -231,7 +225,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--compile-limit-s", type=_positive, default=90, metavar="S", help="for each; default 90")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a row")
-    parser.add_argument("--plot", type=_drawing, metavar="FILE", help="draw to an .svg or .png; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=plotting.drawing, metavar="FILE", help="draw to an .svg or .png; needs matplotlib"
+    )
     parser.add_argument(
         "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: take FILE's last run"
     )
@@ -242,7 +238,7 @@ def _arguments() -> argparse.Namespace:
         parser.error("--json is for a run, and --from measures nothing")
     if given.plot is not None:
         try:
-            plot_codec.require()
+            plotting.require()
         except ModuleNotFoundError as error:
             parser.error(str(error))
     return given

@@ -5,6 +5,7 @@ expert-major rows, weighted ("token_major" ones, if asked for, are sums already 
 
     mpirun -n 4 python -m qcomm bench combine
     mpirun -n 4 python -m qcomm bench combine --wire bf16,fp8 --json combine.jsonl
+    python -m qcomm bench combine --from combine.jsonl --plot combine.svg     (no GPU)
 
 Bytes: a rank sends one sum back for each token that came, whatever number of experts it has there. Its record is
 2 * hidden bytes on the bf16 wire, hidden + 4 * hidden / 128 on fp8 and hidden / 2 + hidden / 32 on mxfp4, padded to 16.

@@ -5,6 +5,7 @@ Geometry: on GPUs 1, 8, 32 and 128 tokens a rank of 7168, top-8 of 256 experts, 
 
     mpirun -n 4 python -m qcomm bench decode
     mpirun -n 4 python -m qcomm bench decode --tokens 64 --wire mxfp4 --json decode.jsonl
+    python -m qcomm bench decode --from decode.jsonl --plot decode.svg     (no GPU)
 
 Calls: `dispatch` routes, sends and receives FP8 (BF16 on the bf16 wire); `combine` sums rows of BF16, weighted, and
 sends the sums in BF16. Each is one replay of a graph.

@@ -4,6 +4,8 @@ Geometry: on GPUs 4096 tokens a rank of 7168, top-8 of 256 experts, BF16 in; on 
 
     mpirun -n 4 python -m qcomm bench dispatch
     mpirun -n 4 python -m qcomm bench dispatch --wire mxfp4 --recv-layout expert_major --json dispatch.jsonl
+    mpirun -n 4 python -m qcomm bench dispatch --tokens 1024,4096,16384 --wire mxfp4 --json dispatch.jsonl
+    python -m qcomm bench dispatch --from dispatch.jsonl --plot dispatch.svg     (no GPU)
 
 Calls: `dispatch` routes and synchronises with the host; `replay` follows the route of a handle; `static` routes without
 host synchronisation; `columnwise` is a replay that also gives the column-wise FP8 operand.

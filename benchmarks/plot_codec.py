@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+import plotting
 from codec_inputs import Name, Size
 from codec_report import TARGET_SIZE, Line
 
-SUFFIXES = (".svg", ".png")
 _COLOURS = ("#2a6f97", "#e09f3e", "#7a9e7e", "#9e5a63")
 _BAR_INCHES, _EDGE_INCHES = 0.14, 1.4
-
-
-def require() -> None:
-    """Raise unless matplotlib, which is in the dev extra only, is there.
-
-    Raises:
-        ModuleNotFoundError: it is not.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "drawing needs matplotlib, which is not installed (it is in qcomm's dev extra); the machine that measures "
-            "can do without it: write --json FILE there and draw with --from FILE elsewhere"
-        )
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
@@ -33,8 +19,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     Raises:
         ModuleNotFoundError: there is no matplotlib.
     """
-    require()
-    import matplotlib
+    plotting.require()
     from matplotlib.figure import Figure
 
     kernels = [line for line in lines if line["row"] == "kernel"]
@@ -62,6 +47,4 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     commit = f", commit {first['commit'][:12]}" if first["commit"] else ""
     axes.set_title(f"{first['machine']['devices']}, torch {first['machine']['torch']}{commit}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=len(sizes) + 1, fontsize=8)
-    # Ids by hash rather than at random, and no date.
-    with matplotlib.rc_context({"svg.hashsalt": "qcomm", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plotting.save(figure, path)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import baselines
 import harness
+import plot_exchange
 import workload
 
 from qcomm.buffer import Buffer
@@ -45,10 +46,16 @@ class Benchmark:
 
 
 def run(benchmark: Benchmark, flags: workload.Flags) -> int:
-    """Run a benchmark and return the exit code: 1 if a result was wrong, 2 if the sizes were."""
+    """Run a benchmark, or draw an earlier run; return the exit code: 1 for a wrong result, 2 for wrong use."""
+    if flags.lines is not None and flags.plot is not None:
+        try:
+            plot_exchange.draw(plot_exchange.read(flags.lines, benchmark.name), flags.plot)
+        except (OSError, ValueError, ModuleNotFoundError) as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+        return 0
     with harness.session() as session:
-        given = flags.sizes["tokens"]
-        for tokens in (given,) if given is not None or benchmark.tokens is None else benchmark.tokens:
+        for tokens in flags.tokens or benchmark.tokens or (None,):
             one = dataclasses.replace(flags, sizes=flags.sizes | {"tokens": tokens})
             try:
                 geometry = workload.sizes(one, session.member)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+import plotting
 import torch
 
 from qcomm import validate
@@ -44,9 +45,10 @@ _ITERATIONS = {"cuda": 50, "cpu": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The command line; None is a default of the device."""
+    """The command line; None is a default of the device. `tokens` has the counts to run one after the other."""
 
     sizes: dict[str, int | None]
+    tokens: tuple[int, ...] | None
     wires: tuple[WireKind, ...]
     recv_dtype: RecvDtype | None
     recv_layouts: tuple[RecvLayout, ...]
@@ -57,6 +59,8 @@ class Flags:
     num_sms: int | None
     json: Path | None
     seed: int
+    lines: Path | None
+    plot: Path | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,9 +105,12 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    tokens = "/".join(str(_SIZES[device].tokens) for device in ("cuda", "cpu")) + " (GPU/CPU)"
     for field in dataclasses.fields(Geometry):
         defaults = "/".join(str(getattr(_SIZES[device], field.name)) for device in ("cuda", "cpu"))
-        parser.add_argument(f"--{field.name}", type=int, metavar="N", help=f"default {defaults} (GPU/CPU)")
+        if field.name != "tokens":
+            parser.add_argument(f"--{field.name}", type=int, metavar="N", help=f"default {defaults} (GPU/CPU)")
+    parser.add_argument("--tokens", type=_counts, metavar="N[,N...]", help=f"default {tokens}; a run for each")
     parser.add_argument("--wire", type=_names_of(WIRE_KINDS), action="extend", help="repeatable, or a comma list")
     layouts = _names_of(RECV_LAYOUTS)
     parser.add_argument("--recv-layout", type=layouts, action="extend", help="repeatable, or a comma list")
@@ -116,10 +123,15 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
     parser.add_argument("--num-sms", type=_positive, metavar="N", help="SMs of each communication kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a row")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from", type=Path, metavar="FILE", dest="lines", help="read lines instead of measuring")
+    parser.add_argument("--plot", type=plotting.drawing, metavar="FILE", help="draw them to an .svg or .png")
     given = parser.parse_args()
+    if (given.lines is None) != (given.plot is None):
+        parser.error("--from FILE and --plot FILE go together")
     recv_dtype: RecvDtype | None = given.recv_dtype if dispatch and given.recv_dtype != "auto" else None
     return Flags(
-        sizes={field.name: getattr(given, field.name) for field in dataclasses.fields(Geometry)},
+        sizes={field.name: getattr(given, field.name) for field in dataclasses.fields(Geometry)} | {"tokens": None},
+        tokens=given.tokens,
         wires=tuple(cast("list[WireKind]", given.wire or _WIRES)),
         recv_dtype=recv_dtype,
         recv_layouts=tuple(cast("list[RecvLayout]", given.recv_layout or recv_layouts)),
@@ -130,6 +142,8 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         num_sms=given.num_sms,
         json=given.json,
         seed=given.seed,
+        lines=given.lines,
+        plot=given.plot,
     )
 
 
@@ -200,6 +214,13 @@ def _positive(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between, got {text!r}") from None
 
 
 def _names_of(choices: Sequence[str]) -> Callable[[str], list[str]]:

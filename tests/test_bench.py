@@ -25,6 +25,7 @@ sys.path.insert(0, str(resources.find("benchmarks")))
 
 import harness  # noqa: E402
 import oracle  # noqa: E402
+import plot_exchange  # noqa: E402
 import workload  # noqa: E402
 
 TINY = ["--tokens", "24", "--hidden", "128", "--experts", "8", "--topk", "2", "--iterations", "2"]
@@ -146,6 +147,45 @@ def test_combine(tmp_path: Path) -> None:
         assert line["command"].startswith("mpirun -n 2 python -m qcomm bench combine --tokens 24")
 
 
+@pytest.mark.mpi
+def test_decode_runs_every_count(tmp_path: Path) -> None:
+    path = tmp_path / "decode.jsonl"
+    bench("decode", *TINY, "--tokens", "1,5", "--wire", "mxfp4", "--json", str(path), launcher=mpirun(2))
+    found = read(path)
+    assert [line["geometry"]["tokens"] for line in found] == [1] * 5 + [5] * 5
+    ours = [(line["call"], line["wire"], line["layout"]) for line in found if line["layout"] == "batched"]
+    assert ours == 2 * [("dispatch", "mxfp4", "batched"), ("combine", "bf16", "batched")]
+    for line in found:
+        assert line.keys() == KEYS
+    dispatch, combine = (line for line in found[5:] if line["layout"] == "batched")
+    assert dispatch["remote_records"] == combine["remote_records_in"]
+    assert dispatch["remote_metadata_bytes"] == dispatch["remote_records"] * 4 * MetadataLayout(2).num_words
+    assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, 256)
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = resources.find("benchmarks") / "results" / "decode-h200-x2.jsonl"
+    lines = plot_exchange.read(path, "decode")
+    assert {line["geometry"]["tokens"] for line in lines} == {1, 8, 32, 128}
+    for name in ("one.svg", "two.svg"):
+        plot_exchange.draw(lines, tmp_path / name)
+    text = (tmp_path / "one.svg").read_text()
+    assert text == (tmp_path / "two.svg").read_text()
+    for label in ("dispatch mxfp4 batched", "combine bf16 batched", "nccl bf16", "2 x NVIDIA H200", "128"):
+        assert label in text
+
+
+def test_plot_takes_the_last_run(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    runs = [("a", "1"), ("b", "1"), ("a", "2")]
+    lines = [{"benchmark": "combine", "command": command, "commit": commit} for command, commit in runs]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in (*lines, {**lines[0], "benchmark": "dispatch"})))
+    assert plot_exchange.read(path, "combine") == lines[2:]
+    with pytest.raises(ValueError, match="must hold lines of bench decode, got none"):
+        plot_exchange.read(path, "decode")
+
+
 def test_single_process_appends(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     for _ in range(2):
@@ -176,6 +216,11 @@ def test_a_wrong_result_ends_the_run() -> None:
         (["--wire", "fp8,fp5"], "got 'fp5'"),
         (["--hidden", "200"], "hidden must be a multiple of 128, got 200"),
         (["--iterations", "0"], "must be positive, got 0"),
+        (["--tokens", "1,x"], "must be integers with commas between, got '1,x'"),
+        (["--tokens", "4,0"], "got 0"),
+        (["--plot", "a.svg"], "--from FILE and --plot FILE go together"),
+        (["--from", "none.jsonl", "--plot", "a.pdf"], "must end in one of"),
+        (["--from", "none.jsonl", "--plot", "a.svg"], "none.jsonl"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
@@ -187,7 +232,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("name", ["dispatch", "combine"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "decode"])
 def test_on_gpus(name: str, num_ranks: int, tmp_path: Path) -> None:
     need_gpus(num_ranks)
     path = tmp_path / "lines.jsonl"

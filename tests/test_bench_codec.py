@@ -438,7 +438,7 @@ def test_resources_are_those_of_what_a_call_launches(tmp_path: Path, monkeypatch
     assert (swiglu.kernels, codec.launch) == before
 
 
-@pytest.mark.parametrize("suffix", plot_codec.SUFFIXES)
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_plot(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"codec{suffix}"
