@@ -163,6 +163,14 @@ def test_decode_runs_every_count(tmp_path: Path) -> None:
     assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, 256)
 
 
+@pytest.mark.mpi
+def test_overlap() -> None:
+    rows = bench("overlap", *TINY, "--wire", "mxfp4,bf16", launcher=mpirun(2))
+    calls = ("exchange", "experts", "in turn", "overlapped")
+    want = [[*call.split(), wire] for wire in ("mxfp4", "bf16") for call in calls]
+    assert [row[: len(words)] for row, words in zip(rows[3:], want, strict=True)] == want
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = resources.find("benchmarks") / "results" / "decode-h200-x2.jsonl"
@@ -232,7 +240,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("name", ["dispatch", "combine", "decode"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "decode", "overlap"])
 def test_on_gpus(name: str, num_ranks: int, tmp_path: Path) -> None:
     need_gpus(num_ranks)
     path = tmp_path / "lines.jsonl"
