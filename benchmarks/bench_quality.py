@@ -29,6 +29,7 @@ from pathlib import Path
 
 import harness
 import torch
+from distributions import SOURCES, make_source
 
 from qcomm.formats import BLOCK_SIZE, E2M1_MAGNITUDES, E8M0_BIAS, FP8_GROUP_SIZE, MAXIMUM_RULES, Rounding, ScaleRule
 from qcomm.reference import (
@@ -43,10 +44,8 @@ from qcomm.table import format_table
 from qcomm.tensors import MXFP4Tensor
 
 NAME = "quality"
-SOURCES = ("gaussian", "swiglu", "outliers")
 # Rows converted at a time: small enough for the caches, and whole FP8 tiles.
 _CHUNK = FP8_GROUP_SIZE
-_OUTLIER_SHARE, _OUTLIER_FACTOR = 0.01, 30.0
 _WIDEST_GAP = 2.0
 
 
@@ -72,18 +71,6 @@ class Loss:
         self.energy += x.square().sum().item()
         if overflows is not None:
             self.overflows = (self.overflows or 0) + int(overflows)
-
-
-def make_source(name: str, rows: int, columns: int, seed: int) -> torch.Tensor:
-    """Make one BF16 source, `[rows, columns]`."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator)
-    if name == "swiglu":
-        x = torch.nn.functional.silu(x) * torch.randn(rows, columns, generator=generator)
-    elif name == "outliers":
-        count = max(1, round(_OUTLIER_SHARE * columns))
-        x[:, torch.randperm(columns, generator=generator)[:count]] *= _OUTLIER_FACTOR
-    return x.bfloat16()
 
 
 def measure(x: torch.Tensor, seed: int) -> dict[str, Loss]:

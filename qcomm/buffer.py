@@ -27,6 +27,7 @@ from qcomm.formats import (
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.transport.base import Transport
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
+from qcomm.transport.streams import profiled
 
 _buffer_numbers = itertools.count()
 
@@ -35,7 +36,8 @@ class Buffer:
     """Dispatch and combine of MoE tokens among the ranks of a group, in quantized records.
 
     Collective to make and to destroy; owns symmetric memory where the backend has any. One call at a time: calls on
-    one buffer are ordered on its device whatever streams they come from. A context manager.
+    one buffer are ordered on its device whatever streams they come from. On GPUs each call is an NVTX range,
+    "qcomm.dispatch", "qcomm.replay" or "qcomm.combine". A context manager.
 
     Args:
         group: process group; None for the default group.
@@ -282,9 +284,11 @@ class Buffer:
         validate.tokens(x, num_tokens=num_tokens, hidden=self._config.hidden, wire=wire, device=self.device)
         if handle is None:
             assert topk_idx is not None
-            received, handle, event = transport.dispatch(x, topk_idx, topk_weights, options)
+            with profiled("dispatch", self.device):
+                received, handle, event = transport.dispatch(x, topk_idx, topk_weights, options)
         else:
-            received, event = transport.replay(x, handle, options)
+            with profiled("replay", self.device):
+                received, event = transport.replay(x, handle, options)
         return (received, handle, event) if async_op else (received, handle)
 
     @overload
@@ -354,7 +358,8 @@ class Buffer:
         validate.tensor("y", y, shape=(*rows, self._config.hidden), dtypes=(torch.bfloat16,), device=self.device)
         validate.seed(seed)
         wire = self._config.precision.leg("combine", backward)
-        out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
+        with profiled("combine", self.device):
+            out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
         return (out, event) if async_op else out
 
     def check(self) -> None:

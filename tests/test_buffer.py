@@ -31,8 +31,12 @@ from qcomm import (
     WirePrecision,
     validate,
 )
+from qcomm import buffer as buffer_module
+from qcomm.bootstrap import process_group
+from qcomm.transport import streams
 
 CASE = Case(combine_wire=BF16)
+SHAPE: dict[str, Any] = {"num_experts": 4, "num_topk": 2, "hidden": 128, "num_max_tokens_per_rank": 4}
 Words = tuple[str, ...]
 
 
@@ -519,3 +523,25 @@ def _as_tensors(rank: int, num_ranks: int) -> None:
                 whole = recv.tensor()
                 assert isinstance(whole, kind)
                 assert whole.shape == (recv.x.shape[:-1].numel(), 128)
+
+
+def test_calls_are_ranges_in_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def record(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", record)
+    with streams.profiled("dispatch", torch.device("cpu")):
+        assert entered == []
+    with streams.profiled("dispatch", torch.device("cuda", 0)):
+        assert entered == ["qcomm.dispatch"]
+    monkeypatch.setattr(buffer_module, "profiled", lambda name, device: record(f"{device.type} {name}"))
+    with process_group() as launch, Buffer(device=launch.device, **SHAPE) as buffer:
+        x, idx = torch.zeros(2, 128, dtype=torch.bfloat16), torch.tensor([[0, 1], [1, -1]])
+        received, handle = buffer.dispatch(x, idx)
+        buffer.dispatch(x, handle=handle)
+        buffer.combine(received.x.to(torch.bfloat16), handle)
+    assert entered[1:] == ["cpu dispatch", "cpu replay", "cpu combine"]

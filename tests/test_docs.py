@@ -221,6 +221,33 @@ def test_quality_table_tool(tmp_path: Path) -> None:
     ]
 
 
+def test_accuracy_table_tool(tmp_path: Path) -> None:
+    about = {
+        "benchmark": "accuracy",
+        "command": "python -m qcomm bench accuracy",
+        "commit": "0123456789abcdef",
+        "machine": {"devices": "1 x x86_64 CPU", "torch": "2.11.0"},
+        "geometry": {"tokens": 64, "hidden": 512, "topk": 4, "experts": 16, "ranks": 2},
+        "seed": 7,
+        "in_library": True,
+    }
+    rows: list[dict[str, object]] = [
+        {**about, "source": source, "wire": wire, "bits_per_element": bits, "error_percent": error, "bf16_ratio": ratio}
+        for source in ("gaussian", "outliers")
+        for wire, bits, error, ratio in (("bf16", 16.0, 0.25, 1.0), ("mxfp4", 4.25, 11.2345, 44.938))
+    ]
+    older = {**rows[0], "commit": "older", "error_percent": 5.0}
+    text = written_table(tmp_path, "accuracy.md", "accuracy", "accuracy-cpu.jsonl", [older, *rows])
+    assert [line for line in text.splitlines() if line.startswith("| ")] == [
+        "| wire | bits | gaussian | outliers |",
+        "| --- | ---: | ---: | ---: |",
+        "| bf16 | 16.00 | 0.250 (1.0x) | 0.250 (1.0x) |",
+        "| mxfp4 | 4.25 | 11.235 (44.9x) | 11.235 (44.9x) |",
+    ]
+    for fact in ("64 tokens of 512, top-4 of 16 experts on 2 ranks, seed 7", "1 x x86_64 CPU", "commit 0123456789ab."):
+        assert fact in text
+
+
 def test_storage_table_tool(tmp_path: Path) -> None:
     plain = {
         "benchmark": "storage",

@@ -19,6 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(resources.find("benchmarks")))
 
 import bench_quality  # noqa: E402
+import distributions  # noqa: E402
 
 KEYS = {
     "benchmark",
@@ -52,10 +53,10 @@ def test_runs_and_orders(tmp_path: Path) -> None:
     assert "gaussian" in done.stdout
 
     error = {(line["source"], line["conversion"]): line["error_percent"] for line in lines}
-    assert {source for source, _ in error} == set(bench_quality.SOURCES)
+    assert {source for source, _ in error} == set(distributions.SOURCES)
     assert error["gaussian", "mxfp4 EVEN"] <= error["gaussian", "mxfp4 FLOOR"]
     assert error["outliers", "mxfp4 EVEN, hadamard"] < 0.7 * error["outliers", "mxfp4 EVEN"]
-    for source in bench_quality.SOURCES:
+    for source in distributions.SOURCES:
         assert 0 < error[source, "fp8"] < error[source, "mxfp4 EVEN"] / 10
         assert error[source, "mxfp4 EVEN"] < error[source, "mxfp4 CEIL"]
         assert error[source, "mxfp4 EVEN"] < error[source, "fp8, then mxfp4 EVEN"]
@@ -67,7 +68,7 @@ def test_runs_and_orders(tmp_path: Path) -> None:
 
 
 def test_chunks_draw_their_own_random_bits() -> None:
-    x = bench_quality.make_source("gaussian", 256, 128, seed=1)
+    x = distributions.make_source("gaussian", 256, 128, seed=1)
     whole = reference.quantize_mxfp4(x, ScaleRule.RCEIL, Rounding.STOCHASTIC, seed=1)
     values = reference.dequantize_mxfp4(whole).double()
     want = 100 * (x.double() - values).square().sum() / x.double().square().sum()

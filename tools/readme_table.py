@@ -3,8 +3,9 @@
 FILE holds JSON lines of `python -m qcomm bench dispatch --json FILE`, in the repository; its last run is taken. Without
 FILE it is the file that the table links to, or else the only one in benchmarks/results/ with lines of that benchmark.
 The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists;
-the tables of docs/performance.md, and the README's of the codec, that of benchmarks/results/codec-h200.jsonl; the
-table of docs/storage.md that of benchmarks/results/storage-h200.jsonl.
+that of docs/accuracy.md that of benchmarks/results/accuracy-cpu.jsonl; the tables of docs/performance.md, and the
+README's of the codec, that of benchmarks/results/codec-h200.jsonl; the table of docs/storage.md that of
+benchmarks/results/storage-h200.jsonl.
 --check writes nothing and exits with 1 if a table is out of date, or is not there though there are results.
 """
 
@@ -28,6 +29,10 @@ WIRE = "mxfp4"
 QUALITY_PAGE, QUALITY_RESULTS = "docs/formats.md", f"{RESULTS}/quality-cpu.jsonl"
 QUALITY_BEGIN, QUALITY_END = "<!-- bench:quality -->", "<!-- /bench:quality -->"
 QUALITY_RUN_KEYS = ("command", "commit", "machine", "rows", "columns", "seed")
+
+ACCURACY_PAGE, ACCURACY_RESULTS = "docs/accuracy.md", f"{RESULTS}/accuracy-cpu.jsonl"
+ACCURACY_BEGIN, ACCURACY_END = "<!-- bench:accuracy -->", "<!-- /bench:accuracy -->"
+ACCURACY_RUN_KEYS = ("command", "commit", "machine", "geometry", "seed")
 
 CODEC_PAGE, CODEC_RESULTS = "docs/performance.md", f"{RESULTS}/codec-h200.jsonl"
 CODEC_BEGIN, CODEC_END = "<!-- bench:codec -->", "<!-- /bench:codec -->"
@@ -145,6 +150,28 @@ def render_quality(path: Path) -> str:
         f"commit {short_commit(last)}. All rows: [{QUALITY_RESULTS}](../{QUALITY_RESULTS}).",
     )
     return "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n" + "".join(f"{line}\n" for line in about)
+
+
+def render_accuracy(lines: list[Line]) -> str:
+    """Returns the block of docs/accuracy.md: a row a wire, a column a source."""
+    first, by_name = lines[0], {(line["wire"], line["source"]): line for line in lines}
+    sources = list(dict.fromkeys(line["source"] for line in lines))
+    bits = {line["wire"]: f"{line['bits_per_element']:.2f}" for line in lines}
+    rows = [(wire, bits[wire], *(accuracy_cell(by_name[wire, source]) for source in sources)) for wire in bits]
+    sizes, machine = first["geometry"], first["machine"]
+    about = (
+        "Error in percent, and in parentheses over that of the bf16 wire.",
+        f"{sizes['tokens']} tokens of {sizes['hidden']}, top-{sizes['topk']} of {sizes['experts']} experts on "
+        f"{sizes['ranks']} ranks, seed {first['seed']};",
+        f"{machine['devices']}, torch {machine['torch']}.",
+        f"Command: `{first['command']}`,",
+        f"commit {short_commit(first)}. {LINK}{ACCURACY_RESULTS}](../{ACCURACY_RESULTS}).",
+    )
+    return markdown(("wire", "bits", *sources), 1, rows) + "\n" + "".join(f"{line}\n" for line in about)
+
+
+def accuracy_cell(line: Line) -> str:
+    return f"{line['error_percent']:.3f} ({line['bf16_ratio']:.1f}x)"
 
 
 def read_last_run(path: Path, keys: Sequence[str]) -> list[Line]:
@@ -301,6 +328,13 @@ def update_quality(repo: Path, check: bool) -> None:
         put(repo / QUALITY_PAGE, repo, QUALITY_RESULTS, marks, render_quality(path), check)
 
 
+def update_accuracy(repo: Path, check: bool) -> None:
+    path = repo / ACCURACY_RESULTS
+    if path.exists():
+        wanted = render_accuracy(read_last_run(path, ACCURACY_RUN_KEYS))
+        put(repo / ACCURACY_PAGE, repo, ACCURACY_RESULTS, (ACCURACY_BEGIN, ACCURACY_END), wanted, check)
+
+
 def update_codec(repo: Path, check: bool) -> None:
     path = repo / CODEC_RESULTS
     if path.exists():
@@ -324,6 +358,7 @@ def main() -> None:
     given = parser.parse_args()
     repo = given.repo.resolve()
     update_quality(repo, given.check)
+    update_accuracy(repo, given.check)
     update_codec(repo, given.check)
     update_storage(repo, given.check)
     readme = repo / "README.md"
