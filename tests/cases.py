@@ -42,6 +42,7 @@ class Case:
         x: how the tokens are given; "bits" is bfloat16 of any bits, NaN and Inf too.
         capacity: `num_max_recv_tokens`.
         combine_wire: None tests dispatch alone.
+        num_sms: with one SM, records count as many.
     """
 
     wire: WireFormat = MXFP4
@@ -64,6 +65,7 @@ class Case:
     weighted: bool = True
     backward: bool = False
     seed: int = 0
+    num_sms: int | None = None
 
     def __str__(self) -> str:
         default = Case()
@@ -72,14 +74,14 @@ class Case:
         return "Case(" + ", ".join(f"{n}={getattr(self, n)!r}" for n in changed) + ")"
 
     @property
-    def shape(self) -> tuple[int, int, int, WirePrecision]:
+    def shape(self) -> tuple[int, int, int, WirePrecision, int | None]:
         """What needs a buffer of its own."""
         combine = self.combine_wire or BF16
         if self.backward:
             precision = WirePrecision("bf16", "bf16", self.wire, combine)
         else:
             precision = WirePrecision(self.wire, combine, "bf16", "bf16")
-        return self.num_local_experts, self.num_topk, self.hidden, precision
+        return self.num_local_experts, self.num_topk, self.hidden, precision, self.num_sms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ class Inputs:
 
 def make_buffer(case: Case, num_ranks: int, device: str, backend: str, /, **changes: Any) -> Buffer:
     """Make the buffer of a case on this rank."""
-    num_local, num_topk, hidden, precision = case.shape
+    num_local, num_topk, hidden, precision, num_sms = case.shape
     arguments: dict[str, Any] = {
         "num_experts": num_local * num_ranks,
         "num_topk": num_topk,
@@ -102,6 +104,7 @@ def make_buffer(case: Case, num_ranks: int, device: str, backend: str, /, **chan
         "precision": precision,
         "device": device,
         "backend": backend,
+        "num_sms": num_sms,
     }
     return Buffer(**arguments | changes)
 

@@ -35,6 +35,8 @@ def test_sizes(target: Target) -> None:
         *grid(BASE, combine_wire=KIND_WIRES, hidden=(128, 384, 1024), alignment=(1, 32, 128)),
         *grid(BASE, combine_wire=KIND_WIRES, num_topk=(1, 8), num_local_experts=(8,), recv_layout=BY_EXPERT),
         *grid(BASE, combine_wire=KIND_WIRES, num_topk=(1,), num_local_experts=(1,)),
+        # Teams of one warp and of several, one part a thread and several, for many records and for few.
+        *grid(BASE, combine_wire=WIRES, hidden=(128, 1024, 7168, 8192), num_sms=(None, 1)),
     ]
     cases.no_problems(target.run(cases.run_cases, todo))
 
@@ -128,6 +130,7 @@ def _random_cases(count: int, seed: int) -> list[Case]:
             wire=draw.choice(WIRES),
             combine_wire=draw.choice(WIRES),
             backward=draw.random() < 0.3,
+            num_sms=draw.choice((None, 1, 24)),
         )
         for _ in range(8):
             layout = draw.choice(RECV_LAYOUTS)

@@ -70,6 +70,8 @@ def test_inputs(target: Target) -> None:
 def test_sizes(target: Target) -> None:
     todo = [
         *grid(Case(), hidden=(128, 384, 1024), wire=KIND_WIRES, alignment=(1, 32, 128), recv_layout=RECV_LAYOUTS),
+        # Teams of several warps, one part a thread and several, and each with many records.
+        *grid(Case(), hidden=(7168, 8192), wire=KIND_WIRES, recv_dtype=RECV_DTYPES, num_sms=(None, 1)),
         *grid(Case(), num_topk=(1, 8), num_local_experts=(8,), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS),
         *grid(Case(num_topk=1, num_local_experts=1), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS),
     ]
@@ -88,6 +90,8 @@ def test_columnwise(target: Target) -> None:
         ),
         *grid(Case(columnwise=True, alignment=128, x="fp8_float"), wire=(FP8, MXFP4, ROTATED), hidden=(128, 384)),
         *grid(Case(columnwise=True, alignment=128, x="mxfp4"), wire=(MXFP4, ROTATED), hidden=(128, 384)),
+        # Pieces of 512 columns, whole and not, and several a block.
+        *grid(Case(columnwise=True, alignment=128), wire=(MXFP4, FP8), hidden=(640, 1536), num_sms=(None, 1)),
         *grid(
             Case(columnwise=True, alignment=256),
             wire=KIND_WIRES,
