@@ -21,12 +21,14 @@ from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8
 from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise
 from qcomm.ops.quantize_mxfp4 import quantize_mxfp4
 from qcomm.ops.swiglu import swiglu_backward, swiglu_forward
+from qcomm.stats import BufferStats
 from qcomm.tensors import FP8ColumnwiseTensor, FP8Tensor, MXFP4Tensor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Buffer",
+    "BufferStats",
     "DispatchHandle",
     "FP8ColumnwiseTensor",
     "FP8Tensor",

@@ -25,6 +25,7 @@ from qcomm.formats import (
     WirePrecision,
 )
 from qcomm.handle import DispatchHandle, Event, Owner, Received
+from qcomm.stats import BufferStats, CallLog
 from qcomm.transport.base import Transport
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
 from qcomm.transport.streams import profiled
@@ -76,6 +77,7 @@ class Buffer:
         comm_stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._transport: Transport | None = None
+        self._log = CallLog()
         if group is None:
             if not dist.is_initialized():
                 raise ValueError("group must be given, or torch.distributed initialised; see qcomm.bootstrap")
@@ -286,9 +288,12 @@ class Buffer:
             assert topk_idx is not None
             with profiled("dispatch", self.device):
                 received, handle, event = transport.dispatch(x, topk_idx, topk_weights, options)
+            self._log.num_dispatches += 1
         else:
             with profiled("replay", self.device):
                 received, event = transport.replay(x, handle, options)
+            self._log.num_replays += 1
+        self._log.dispatched = handle, received.spread_overflows, wire
         return (received, handle, event) if async_op else (received, handle)
 
     @overload
@@ -360,6 +365,8 @@ class Buffer:
         wire = self._config.precision.leg("combine", backward)
         with profiled("combine", self.device):
             out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
+        self._log.num_combines += 1
+        self._log.combined = handle, wire
         return (out, event) if async_op else out
 
     def check(self) -> None:
@@ -373,6 +380,17 @@ class Buffer:
         if failure is not None:
             raise failure
 
+    def stats(self) -> BufferStats:
+        """Return what this rank's last calls moved, and how many there were.
+
+        Calls only keep a reference to what they returned; the figures are computed here, which waits for the device.
+        """
+        self._live()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        member, config = self._member, self._config
+        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, config.hidden)
+
     def reset(self) -> None:
         """Make the buffer usable after a timeout: forget calls in flight, and every handle. Collective.
 
@@ -381,6 +399,7 @@ class Buffer:
         transport = self._live()
         self._owner = Owner(self._owner.buffer, self._owner.generation + 1)
         transport.reset(self._owner.generation)
+        self._log.dispatched = self._log.combined = None
 
     def destroy(self) -> None:
         """Free what the buffer holds. Collective; a second call does nothing. See `abandon` for dead peers."""
