@@ -1,4 +1,4 @@
-"""The command line: `python -m qcomm info | demo | bench`."""
+"""The command line: `python -m qcomm info | demo | trace | bench`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qcomm import resources
 from qcomm.errors import QcommError
+from qcomm.formats import WIRE_KINDS
 
 _BENCH_PREFIX = "bench_"
 _SIZES = (
@@ -37,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, what in _SIZES:
         demo.add_argument(f"--{flag}", type=int, metavar="N", help=f"{what} (default: by device)")
 
+    trace = commands.add_parser("trace", help="write a trace of one dispatch and combine of every rank, for Perfetto")
+    trace.add_argument("--out", type=Path, default=Path("trace.json"), metavar="FILE", help="default trace.json")
+    trace.add_argument("--wire", choices=WIRE_KINDS, default="mxfp4", help="of dispatch (default mxfp4)")
+    trace.add_argument("--static", action="store_true", help="dispatch without host synchronisation")
+    for flag, _ in _SIZES[:-1]:
+        trace.add_argument(f"--{flag}", type=int, metavar="N", help="default: by device, as in bench dispatch")
+
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark")
@@ -51,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qcomm.demo import run
 
         run({flag: getattr(options, flag) for flag, _ in _SIZES})
+        return 0
+    if options.command == "trace":
+        from qcomm import trace as tracing
+
+        sizes = {flag: getattr(options, flag) for flag, _ in _SIZES[:-1]}
+        try:
+            tracing.run(options.out, sizes, options.wire, static=options.static)
+        except ValueError as error:
+            trace.error(str(error))
         return 0
     return _bench(options.name, options.arguments)
 
