@@ -14,8 +14,8 @@ way. Its bandwidth is the remote bytes of a rank over that time.
 
 FIGURES. remote: bytes of records that a rank sends to other ranks, of the rank that sends most; bytes of a record are
 those of `qcomm.records.RecordLayout`; metadata is in the JSON lines only. physical: remote / p50. logical: the same
-records at 2 * hidden bytes / p50. x limit: p50 / (remote / ceiling). vs NCCL: p50 of all_to_all_single of the same
-tokens in BF16 / p50.
+records at 2 * hidden bytes / p50. x limit: p50 / (bytes of the busiest rank, in or out / ceiling). vs NCCL: p50 of
+all_to_all_single of the same tokens in BF16 / p50.
 """
 
 from __future__ import annotations
@@ -278,7 +278,8 @@ def _pattern(rank: int, device: torch.device) -> torch.Tensor:
 def figures(row: Row, run: Run) -> dict[str, float | int | None]:
     """Compute what FIGURES names; None where a divisor is missing or zero."""
     timing, remote_bytes = row.timing, row.remote_records * row.record_bytes
-    limit_us = remote_bytes / run.ceiling_gbs / 1e3 if run.ceiling_gbs else None
+    busiest_bytes = max(row.remote_records, row.remote_records_in) * row.record_bytes
+    limit_us = busiest_bytes / run.ceiling_gbs / 1e3 if run.ceiling_gbs else None
     return {
         "p50_us": timing.p50_us,
         "p99_us": timing.p99_us,

@@ -25,7 +25,7 @@ from qcomm.formats import (
 )
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose
 
-ROUTINGS = ("uniform", "skewed", "one-expert")
+ROUTINGS = ("uniform", "skewed", "hot-rank", "one-expert")
 _WIRES: tuple[WireKind, ...] = ("mxfp4", "fp8", "bf16")
 
 
@@ -164,7 +164,7 @@ def make(flags: Flags, geometry: Geometry, member: Member) -> Workload:
     generator = torch.Generator(member.device).manual_seed(1000 * flags.seed + member.rank)
     x = torch.randn(geometry.tokens, geometry.hidden, generator=generator, device=member.device)
     weights = torch.rand(geometry.tokens, geometry.topk, generator=generator, device=member.device)
-    idx = make_routing(flags.routing, geometry, flags.seed, member.rank).to(member.device)
+    idx = make_routing(flags.routing, geometry, flags.seed, member.rank, member.num_ranks).to(member.device)
     return Workload(member, geometry, x.to(torch.bfloat16), idx, weights)
 
 
@@ -173,12 +173,13 @@ def iterations(flags: Flags, member: Member) -> int:
     return flags.iterations or _ITERATIONS[member.device.type]
 
 
-def make_routing(routing: str, geometry: Geometry, seed: int, rank: int) -> torch.Tensor:
+def make_routing(routing: str, geometry: Geometry, seed: int, rank: int, num_ranks: int) -> torch.Tensor:
     """Draw a rank's experts: `[tokens, topk]` int64, distinct in a row.
 
     "uniform": any experts alike. "skewed": without replacement, the i-th most popular expert with a weight of
-    1 / (i + 1) (Zipf); which is how popular is random, but the same for all ranks. "one-expert": every token names
-    expert 0 and nothing else, the other entries are -1.
+    1 / (i + 1) (Zipf); which is how popular is random, but the same for all ranks. "hot-rank": the experts of rank 0
+    with twice the weight of the others. "one-expert": every token names expert 0 and nothing else, the other entries
+    are -1.
     """
     if routing == "one-expert":
         idx = torch.full((geometry.tokens, geometry.topk), -1)
@@ -188,6 +189,8 @@ def make_routing(routing: str, geometry: Geometry, seed: int, rank: int) -> torc
     if routing == "skewed":
         shared = torch.Generator().manual_seed(seed)
         weights = 1 / (1 + torch.randperm(geometry.experts, generator=shared))
+    elif routing == "hot-rank":
+        weights[: geometry.experts // num_ranks] = 2
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     # The largest of log(weight) + Gumbel noise are a sample without replacement.
     noise = -torch.log(torch.empty(geometry.tokens, geometry.experts).exponential_(generator=generator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -269,6 +270,9 @@ def test_figures() -> None:
     assert found["physical_gbs"] == pytest.approx(100.0)
     assert found["logical_gbs"] == pytest.approx(143.36)
     assert found["limit_ratio"] == pytest.approx(2.0)
+    hot = harness.figures(dataclasses.replace(row, remote_records_in=2000), run)
+    assert hot["limit_ratio"] == pytest.approx(1.0)
+    assert hot["remote_bytes"] == 10_000_000
     assert found["nccl_bf16_ratio"] == pytest.approx(2.5)
     assert found["remote_metadata_bytes"] == 20_000
 
@@ -276,14 +280,14 @@ def test_figures() -> None:
 @pytest.mark.parametrize("routing", workload.ROUTINGS)
 def test_routing(routing: str) -> None:
     geometry = workload.Geometry(tokens=500, hidden=128, topk=4, experts=32)
-    idx = workload.make_routing(routing, geometry, seed=3, rank=1)
+    idx = workload.make_routing(routing, geometry, seed=3, rank=1, num_ranks=4)
     assert idx.shape == (500, 4)
-    assert torch.equal(idx, workload.make_routing(routing, geometry, seed=3, rank=1))
+    assert torch.equal(idx, workload.make_routing(routing, geometry, seed=3, rank=1, num_ranks=4))
     if routing == "one-expert":
         assert idx[:, 0].eq(0).all()
         assert idx[:, 1:].eq(-1).all()
         return
-    assert not torch.equal(idx, workload.make_routing(routing, geometry, seed=3, rank=0))
+    assert not torch.equal(idx, workload.make_routing(routing, geometry, seed=3, rank=0, num_ranks=4))
     assert idx.min() >= 0
     assert idx.max() < 32
     ordered = idx.sort(dim=1).values
@@ -291,9 +295,12 @@ def test_routing(routing: str) -> None:
     counts = idx.flatten().bincount(minlength=32)
     if routing == "uniform":
         assert counts.max() < 2 * counts.min()
+    elif routing == "hot-rank":
+        by_rank = counts.view(4, 8).sum(1)
+        assert 1.5 < by_rank[0] / by_rank[1:].max() < by_rank[0] / by_rank[1:].min() < 2.2
     else:
         assert counts.max() > 10 * counts.min()
-        other = workload.make_routing(routing, geometry, seed=3, rank=0).flatten().bincount(minlength=32)
+        other = workload.make_routing(routing, geometry, seed=3, rank=0, num_ranks=4).flatten().bincount(minlength=32)
         assert counts.argmax() == other.argmax()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 
 import cases
@@ -16,6 +17,7 @@ from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_DTYPES, RECV_LAYOUTS, WireFo
 
 KIND_WIRES = (BF16, FP8, MXFP4)
 BY_EXPERT = ("expert_major", "batched")
+RANDOM_CASES = "QCOMM_RANDOM_CASES"
 # A cheap dispatch.
 BASE = Case(wire=BF16, recv_dtype="bf16", combine_wire=BF16, routes="some")
 
@@ -161,5 +163,5 @@ def _random_cases(count: int, seed: int) -> list[Case]:
 def test_random_cases(target: Target) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    count = 300 if target.pool.device == "cuda" else 40
+    count = int(os.environ.get(RANDOM_CASES, 300 if target.pool.device == "cuda" else 40))
     cases.no_problems(target.run(cases.run_cases, _random_cases(count, seed)))

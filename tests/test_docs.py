@@ -82,6 +82,17 @@ def test_example_under_mpirun() -> None:
     check_example([line for line in out.splitlines() if " bytes a token" in line], kib_sent=True)
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_overlap_example(num_ranks: int) -> None:
+    launcher = [str(MPIRUN), "-n", str(num_ranks), "--oversubscribe", "--bind-to", "none"] if num_ranks > 1 else []
+    if launcher and not MPIRUN.is_file():
+        pytest.skip(f"no mpirun in {MPIRUN.parent}")
+    lines = run([*launcher, sys.executable, str(REPO / "examples/overlap.py")]).splitlines()
+    want = [f"rank {rank}, collective: the same sums: True" for rank in range(num_ranks)]
+    assert sorted(line for line in lines if "same sums" in line) == want
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_links(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

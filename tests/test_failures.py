@@ -379,7 +379,7 @@ def _graph(rank: int, num_ranks: int) -> None:
             routes: Any = GRAPH_ROUTES[turn % len(GRAPH_ROUTES)]
             step.take(dataclasses.replace(CASE, routes=routes, seed=100 + turn))
             out.fill_(torch.nan)
-            for _ in range(1 + turn % 3):
+            for _ in range(50):
                 graph.replay()
             cases.sync(buffer)
             got = out.clone()
