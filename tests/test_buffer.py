@@ -115,6 +115,47 @@ def test_several_buffers(target: Target) -> None:
     target.run(_two_buffers)
 
 
+def _interleaved(rank: int, num_ranks: int, device: str, backend: str) -> None:
+    """Two buffers on a stream each; where ranks need not call in one order, every other rank takes the other one."""
+    todo = [
+        dataclasses.replace(CASE, static=True, routes="random", hidden=hidden, recv_dtype="bf16")
+        for hidden in (1024, 384)
+    ]
+    inputs = [cases.make_inputs(case, num_ranks) for case in todo]
+    buffers = [cases.make_buffer(case, num_ranks, device, backend) for case in todo]
+    on_gpu = buffers[0].device.type == "cuda"
+    streams = [torch.cuda.Stream(buffer.device) if on_gpu else None for buffer in buffers]
+    given = []
+    for buffer, one in zip(buffers, inputs, strict=True):
+        x, idx = one.xs[rank], one.topk_idxs[rank]
+        assert isinstance(x, torch.Tensor)
+        given.append((x.to(buffer.device), idx.to(buffer.device)))
+
+    def step(number: int) -> torch.Tensor:
+        received, handle = buffers[number].dispatch(*given[number], static=True, alignment=32, recv_dtype="bf16")
+        return buffers[number].combine(received.x, handle)
+
+    want = [step(number) for number in range(2)]
+    for buffer in buffers:
+        cases.sync(buffer)
+    outs: list[list[torch.Tensor]] = [[], []]
+    for turn in range(30):
+        swap = backend == "nvlink" and (rank + turn // 10) % 2 == 1
+        for number in (1, 0) if swap else (0, 1):
+            with torch.cuda.stream(streams[number]) if on_gpu else contextlib.nullcontext():
+                outs[number].append(step(number))
+    for number, buffer in enumerate(buffers):
+        cases.sync(buffer)
+        assert all(equal_bits(out, want[number]) for out in outs[number])
+    for buffer in reversed(buffers):
+        buffer.destroy()
+
+
+@targets(2, 3)
+def test_buffers_on_streams_of_their_own(target: Target) -> None:
+    target.run(_interleaved)
+
+
 def _async(rank: int, num_ranks: int, device: str, backend: str) -> None:
     case = dataclasses.replace(CASE, routes="random")
     inputs = cases.make_inputs(case, num_ranks)
