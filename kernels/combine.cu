@@ -79,10 +79,9 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, const RowOf
     }
 }
 
-// Any grid; whole teams; a team takes records round robin over the sources.
-// Dynamic shared memory: kStages records a team, 16-byte aligned. Reads each row of y once and writes each
-// record once: the dispatch's slot of this rank's region at the source, then, with release order, that slot's
-// flag.
+// Any grid; whole teams; a team takes records round robin over the sources. Dynamic shared memory: kStages of
+// Sender's stages a team, 16-byte aligned. Reads each row of y once and writes each record once: the
+// dispatch's slot of this rank's region at the source, then, with release order, that slot's flag.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     combine_send(const __grid_constant__ CombineSendParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
@@ -120,8 +119,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     sender.finish(team);
 }
 
-// Any grid and block; a warp takes a part of every so manieth token, waits for the flags of the ranks it went
-// to, and reads the part of each of their records once.
+// Any grid, QCOMM_RECV_THREADS threads; warps take parts of tokens in turn. A warp waits for the flags of the
+// ranks a token went to, and reads its part of each of their records once.
 extern "C" __global__ void __launch_bounds__(QCOMM_RECV_THREADS)
     combine_recv(const __grid_constant__ CombineRecvParams p) {
     const Comm& comm = p.comm;

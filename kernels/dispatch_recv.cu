@@ -61,10 +61,10 @@ __device__ __forceinline__ void write_part(uint8_t* stage, int vec, const LaneVe
     }
 }
 
-// Any grid; whole teams. Dynamic shared memory: kStages stages a team, 16-byte
-// aligned. A team first zeroes its share of the padding rows, then takes records round robin over the
-// sources, which is the order in which they come; it waits for a record's flag, reads the record once,
-// converts it into a stage, and copies the stage to each of its rows.
+// Any grid; whole teams. Dynamic shared memory: kStages stages a team, 16-byte aligned. A team first zeroes
+// its share of the padding rows, then takes records round robin over the sources, which is the order in which
+// they come; it waits for a record's flag, reads the record once, converts it into a stage, and copies the
+// stage to each of its rows.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_recv(const __grid_constant__ DispatchRecvParams p) {
     extern __shared__ __align__(16) uint8_t shared[];

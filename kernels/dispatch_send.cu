@@ -72,10 +72,10 @@ __device__ __forceinline__ LaneVec encode_input(LaneVec& in, const Quantizer& qu
     }
 }
 
-// Any grid; whole teams. Dynamic shared memory: kStages records a team, 16-byte
-// aligned. A team takes every count-th token, and loads the next while it encodes one. Reads x once and
-// writes each record once per destination rank, itself included: slot send_slot[token][rank] of this rank's
-// region there, then, with release order, that slot's flag.
+// Any grid; whole teams. Dynamic shared memory: kStages of Sender's stages a team, 16-byte aligned. A team
+// takes every count-th token, and loads the next while it encodes one. Reads x once and writes each record
+// once per destination rank, itself included: slot send_slot[token][rank] of this rank's region there, then,
+// with release order, that slot's flag.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
