@@ -28,8 +28,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import shlex
 import sys
 from pathlib import Path
 
@@ -189,14 +187,7 @@ def _require_oracle(name: str, out: torch.Tensor, want: torch.Tensor) -> None:
 
 def _json_lines(found: dict[str, dict[str, float]], geometry: Geometry, seed: int) -> str:
     about = {
-        "benchmark": NAME,
-        "command": shlex.join(["python", "-m", "qcomm", "bench", NAME, *sys.argv[1:]]),
-        "commit": harness.commit(),
-        "machine": {
-            "devices": f"1 x {platform.machine()} CPU",
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-        },
+        **harness.about_cpu(NAME),
         "geometry": dataclasses.asdict(geometry),
         "seed": seed,
     }

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,14 +140,7 @@ def _require(holds: torch.Tensor | bool, problem: str) -> None:
 
 def _json_lines(found: dict[str, dict[str, Loss]], given: argparse.Namespace) -> str:
     about = {
-        "benchmark": NAME,
-        "command": shlex.join(["python", "-m", "qcomm", "bench", NAME, *sys.argv[1:]]),
-        "commit": harness.commit(),
-        "machine": {
-            "devices": f"1 x {platform.machine()} CPU",
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-        },
+        **harness.about_cpu(NAME),
         "rows": given.rows,
         "columns": given.columns,
         "seed": given.seed,

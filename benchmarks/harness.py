@@ -340,6 +340,17 @@ def report(member: Member, rows: Sequence[Row], run: Run, json_path: Path | None
             file.write(json_lines(rows, run))
 
 
+def about_cpu(name: str) -> dict[str, object]:
+    """Return what every JSON line of a benchmark of one process on the CPU begins with."""
+    machine = {
+        "devices": f"1 x {platform.machine()} CPU",
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+    }
+    called = shlex.join(["python", "-m", "qcomm", "bench", name, *sys.argv[1:]])
+    return {"benchmark": name, "command": called, "commit": commit(), "machine": machine}
+
+
 def machine(member: Member) -> dict[str, str | None]:
     """Describe the hardware and software of the run. Collective."""
     on_cuda = member.device.type == "cuda"
