@@ -1,0 +1,70 @@
+"""The layout of symmetric memory, and that the design states its size."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from qcomm.formats import WirePrecision
+from qcomm.records import SYMMETRIC_ALIGNMENT, MetadataLayout, RecordLayout, SymmetricLayout
+
+REPO = Path(__file__).resolve().parents[1]
+PRECISIONS = {"": WirePrecision(), "paper": WirePrecision.paper(), "aggressive": WirePrecision.aggressive()}
+
+
+def layout(precision: WirePrecision, *, ranks: int = 4, tokens: int = 4096, hidden: int = 7168) -> SymmetricLayout:
+    largest = {
+        op: max(RecordLayout(precision.leg(op, backward).kind, hidden).num_bytes for backward in (False, True))
+        for op in ("dispatch", "combine")
+    }
+    return SymmetricLayout(ranks, 256 // ranks, tokens, 8, largest["dispatch"], largest["combine"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=["default", "paper", "aggressive"])
+@pytest.mark.parametrize("tokens", [1, 128, 4096])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+def test_parts_follow_each_other(ranks: int, tokens: int, precision: WirePrecision) -> None:
+    made = layout(precision, ranks=ranks, tokens=tokens)
+    assert list(made.offsets) == list(made.sizes)
+    places = [(offset, offset + made.sizes[name]) for name, offset in made.offsets.items()]
+    assert places[0][0] == 0
+    for (_, end), (start, _) in itertools.pairwise(places):
+        assert end <= start < end + SYMMETRIC_ALIGNMENT
+        assert start % SYMMETRIC_ALIGNMENT == 0
+    assert places[-1][1] <= made.num_bytes < places[-1][1] + SYMMETRIC_ALIGNMENT
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=["default", "paper", "aggressive"])
+@pytest.mark.parametrize("tokens", [1024, 4096, 32768])
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_little_beside_the_records(ranks: int, tokens: int, precision: WirePrecision) -> None:
+    made = layout(precision, ranks=ranks, tokens=tokens)
+    records = made.sizes["dispatch_records"] + made.sizes["combine_records"]
+    assert records == ranks * tokens * (made.dispatch_record_bytes + made.combine_record_bytes)
+    assert records < made.num_bytes < 1.02 * records
+
+
+def test_a_slot_of_a_source_is_its_own() -> None:
+    made = layout(WirePrecision())
+    slots = made.num_ranks * made.max_tokens
+    words = MetadataLayout(8)
+    assert words.num_words % 4 == 0
+    assert words.num_words >= 1 + 3 * 8
+    # Twice, for even and odd calls.
+    assert made.sizes["metadata"] == 2 * slots * 4 * words.num_words
+    assert made.sizes["counts"] == 2 * made.num_ranks * 4 * (2 + made.num_local_experts)
+    assert made.sizes["dispatch_flags"] == made.sizes["combine_flags"] == 4 * slots
+
+
+def test_the_design_states_the_size() -> None:
+    text = (REPO / "docs" / "design.md").read_text()
+    for name, precision in PRECISIONS.items():
+        made = layout(precision)
+        call = f"WirePrecision.{name}()" if name else "WirePrecision()"
+        (row,) = re.findall(rf"^\| `{re.escape(call)}` [^|]*\|(.*)\|$", text, re.MULTILINE)
+        mib = f"{made.num_bytes / 2**20:.1f} MiB"
+        want = [str(made.dispatch_record_bytes), str(made.combine_record_bytes), mib]
+        assert [cell.strip() for cell in row.split("|")] == want
