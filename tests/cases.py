@@ -424,3 +424,8 @@ def no_problems(results: Sequence[Sequence[str]]) -> None:
     """Fail with the first of what the ranks report."""
     problems = [problem for result in results for problem in result]
     assert not problems, f"{len(problems)} problems:\n" + "\n".join(problems[:20])
+
+
+def works(buffer: Buffer, case: Case) -> None:
+    """Require right answers of a buffer."""
+    no_problems([run_case(buffer, case)])

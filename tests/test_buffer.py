@@ -50,11 +50,6 @@ def refuses(kind: type[BaseException], *words: object) -> Iterator[None]:
     assert not missing, f"{caught.value!r} lacks {missing}"
 
 
-def works(buffer: Buffer, case: Case = CASE) -> None:
-    """Require right answers."""
-    cases.no_problems([cases.run_case(buffer, case)])
-
-
 def _properties(rank: int, num_ranks: int, device: str, backend: str) -> None:
     with cases.make_buffer(CASE, num_ranks, device, backend) as buffer:
         assert (buffer.rank, buffer.num_ranks, buffer.num_local_experts) == (rank, num_ranks, 3)
@@ -71,7 +66,7 @@ def test_properties(target: Target) -> None:
 
 def _auto(rank: int, num_ranks: int) -> str:
     with cases.make_buffer(CASE, num_ranks, "cpu", "auto") as buffer:
-        works(buffer)
+        cases.works(buffer, CASE)
         return f"{buffer.backend}: {buffer.backend_reason}"
 
 
@@ -84,7 +79,7 @@ def _subgroup(rank: int, num_ranks: int, device: str, backend: str) -> None:
     if rank in (1, 2):
         with cases.make_buffer(CASE, 2, device, backend, group=group) as buffer:
             assert buffer.rank == rank - 1
-            works(buffer)
+            cases.works(buffer, CASE)
         dist.destroy_process_group(group)
 
 
@@ -101,13 +96,13 @@ def _two_buffers(rank: int, num_ranks: int, device: str, backend: str) -> None:
         made = [(cases.make_buffer(case, num_ranks, device, backend), case) for case in (small, large, third)]
         for _ in range(2):
             for buffer, case in made:
-                works(buffer, case)
+                cases.works(buffer, case)
         if last_first:
             made.reverse()
         while made:
             made.pop(0)[0].destroy()
             for buffer, case in made:
-                works(buffer, case)
+                cases.works(buffer, case)
 
 
 @targets(3)
@@ -198,7 +193,7 @@ def _results_are_the_callers(rank: int, num_ranks: int, device: str, backend: st
         out = buffer.combine(torch.ones(*first.x.shape, dtype=torch.bfloat16, device=buffer.device), handle)
         copy = out.clone()
         for _ in range(3):
-            works(buffer, other)
+            cases.works(buffer, other)
         assert not cases.compare(CASE, first, handle, cases.expect(CASE, inputs, rank))
         assert equal_bits(out, copy)
     assert not cases.compare(CASE, first, handle, cases.expect(CASE, inputs, rank))
@@ -221,12 +216,12 @@ def _handles(rank: int, num_ranks: int, device: str, backend: str) -> None:
         for call in (lambda b: b.combine(y, handle), lambda b: b.dispatch(x, handle=handle)):
             with refuses(ValueError, "handle", "this buffer", "got"):
                 call(other)
-        works(other)
+        cases.works(other, CASE)
         buffer.reset()
         for call in (lambda b: b.combine(y, handle), lambda b: b.dispatch(x, handle=handle)):
             with refuses(ValueError, "handle", "reset", "got"):
                 call(buffer)
-        works(buffer)
+        cases.works(buffer, CASE)
         with refuses(TypeError, "handle", "DispatchHandle", "str"):
             buffer.combine(y, "handle")  # type: ignore[call-overload]
         recv, handle = cases.dispatch(buffer, CASE, inputs)
@@ -241,7 +236,7 @@ def _handles(rank: int, num_ranks: int, device: str, backend: str) -> None:
         ):
             with refuses(QcommError, "destroyed"):
                 use()
-        works(other)
+        cases.works(other, CASE)
 
 
 @targets(2)
@@ -271,8 +266,8 @@ def _bad_route(rank: int, num_ranks: int, device: str, backend: str, static: boo
             else:
                 with refuses(QcommPeerError, f"rank {bad}", "topk_idx", 4):
                     cases.dispatch(buffer, CASE, inputs)
-            works(buffer)
-            works(buffer, dataclasses.replace(CASE, static=True))
+            cases.works(buffer, CASE)
+            cases.works(buffer, dataclasses.replace(CASE, static=True))
 
 
 @targets(3)
@@ -304,7 +299,7 @@ def _disagree(rank: int, num_ranks: int, device: str, backend: str) -> None:
         with refuses(QcommConfigError, field, *words):
             cases.make_buffer(CASE, num_ranks, device, backend, **mine)
     with cases.make_buffer(CASE, num_ranks, device, backend) as buffer:
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @targets(3, gpu_sizes=(2, 4))
@@ -329,7 +324,7 @@ def _bad_shapes(rank: int, num_ranks: int, device: str, backend: str) -> None:
             with refuses(kind, *words):
                 cases.make_buffer(CASE, num_ranks, device, backend, **changes)
     with cases.make_buffer(CASE, num_ranks, device, backend) as buffer:
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @targets(2)
@@ -451,12 +446,12 @@ def _bad_arguments(rank: int, num_ranks: int, device: str, backend: str) -> None
         ):
             with refuses(kind, *words):
                 call()
-            works(buffer, case)
+            cases.works(buffer, case)
         token_major, route = cases.dispatch(buffer, case, inputs, recv_layout="token_major")
         sums = torch.ones(*token_major.x.shape, dtype=torch.bfloat16, device=here)
         with refuses(ValueError, "weighted", False, "token_major", True):
             buffer.combine(sums, route)
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @targets(2)
@@ -479,7 +474,7 @@ def _wrong_for_the_wire(rank: int, num_ranks: int, device: str, backend: str) ->
                 idx = torch.zeros(13, 3, dtype=torch.int64, device=buffer.device)
                 with refuses(ValueError, "x", wire, "MXFP4Tensor"):
                     other.dispatch(packed, idx)
-                works(other, dataclasses.replace(CASE, wire=WireFormat(wire)))
+                cases.works(other, dataclasses.replace(CASE, wire=WireFormat(wire)))
 
 
 @targets(2)
@@ -495,7 +490,7 @@ def _wrong_gpu_tensors(rank: int, num_ranks: int) -> None:
             buffer.dispatch(x, idx)
         with refuses(ValueError, "x", "cuda", "cpu"):
             buffer.dispatch(x, idx.to(buffer.device))
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @pytest.mark.gpu
@@ -506,7 +501,7 @@ def test_cpu_tensors_on_a_gpu_buffer(gpu_pool: RankPool) -> None:
 def _with_another_gpu_current(rank: int, num_ranks: int) -> None:
     other = (rank + 1) % torch.cuda.device_count()
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink") as buffer, torch.cuda.device(other):
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What goes wrong at run time: peers that do not come or die, machines that cannot run a backend, full receives."""
+"""What goes wrong at run time: peers that do not come, send nothing or die, and providers of symmetric memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import contextlib
 import dataclasses
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import cases
@@ -24,19 +22,15 @@ from ranks import Pools, RankError, RankPool, need_gpus
 
 from qcomm import (
     Buffer,
-    QcommConfigError,
     QcommError,
-    QcommOverflowError,
     QcommPeerError,
     QcommTimeoutError,
     QcommUnsupportedError,
-    WirePrecision,
 )
-from qcomm.config import BufferConfig, Member
+from qcomm.config import Member
 from qcomm.exchange import WireInput
 from qcomm.ops.comm import launch_barrier
 from qcomm.transport import select, symmetric
-from qcomm.transport.select import Capability, Choice
 
 CASE = Case(combine_wire=BF16, routes="random")
 DEADLINE_S = 2.0
@@ -44,16 +38,11 @@ MARGIN_S = 5.0
 Call = Literal["dispatch", "static", "replay", "combine"]
 
 
-def works(buffer: Buffer, case: Case = CASE) -> None:
-    """Require right answers."""
-    cases.no_problems([cases.run_case(buffer, case)])
-
-
 def warm_up(num_ranks: int, **changes: Any) -> None:
     """Compile and load what later calls need, so that none of it counts against a short deadline."""
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", **changes) as buffer:
-        works(buffer)
-        works(buffer, dataclasses.replace(CASE, static=True))
+        cases.works(buffer, CASE)
+        cases.works(buffer, dataclasses.replace(CASE, static=True))
 
 
 def gather(num_ranks: int) -> None:
@@ -137,7 +126,7 @@ def survive(pool: RankPool, fn: Callable[..., None], told: Path, *args: object) 
 def _absent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
     warm_up(num_ranks)
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", deadline_s=DEADLINE_S) as buffer:
-        works(buffer)
+        cases.works(buffer, CASE)
         calls = Calls(buffer)
         if rank == 0:
             start = time.monotonic()
@@ -163,7 +152,7 @@ def _absent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
         with pytest.raises(ValueError, match="reset"):
             buffer.combine(calls.y, calls.handle)
         for static in (False, True, False):
-            works(buffer, dataclasses.replace(CASE, static=static))
+            cases.works(buffer, dataclasses.replace(CASE, static=static))
 
 
 @pytest.mark.gpu
@@ -178,7 +167,7 @@ def test_a_peer_that_does_not_come(call: Call, phase: str) -> None:
 def _silent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
     warm_up(num_ranks)
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", deadline_s=DEADLINE_S) as buffer:
-        works(buffer)
+        cases.works(buffer, CASE)
         calls = Calls(buffer)
         if rank == 0:
             error = calls.fails(QcommTimeoutError, call, DEADLINE_S)
@@ -191,7 +180,7 @@ def _silent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
                 launch_barrier(transport._launcher, started.stream, None)
             cases.sync(buffer)
         buffer.reset()
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @pytest.mark.gpu
@@ -216,7 +205,7 @@ def leaves(buffer: Buffer, error: QcommError) -> None:
 def _left(rank: int, num_ranks: int) -> None:
     warm_up(num_ranks)
     buffer = cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", deadline_s=DEADLINE_S)
-    works(buffer)
+    cases.works(buffer, CASE)
     calls = Calls(buffer)
     if rank == 0:
         leaves(buffer, calls.fails(QcommTimeoutError, "dispatch", DEADLINE_S))
@@ -224,7 +213,7 @@ def _left(rank: int, num_ranks: int) -> None:
         time.sleep(DEADLINE_S + 2.0)
         leaves(buffer, calls.fails(QcommTimeoutError, "combine", DEADLINE_S))
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink") as another:
-        works(another)
+        cases.works(another, CASE)
 
 
 @pytest.mark.gpu
@@ -236,7 +225,7 @@ def test_leaving_after_a_timeout_waits_for_nobody() -> None:
 def _killed(rank: int, num_ranks: int, told: str, call: Call) -> None:
     warm_up(num_ranks)
     buffer = cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", deadline_s=DEADLINE_S)
-    works(buffer)
+    cases.works(buffer, CASE)
     calls = Calls(buffer)
     gather(num_ranks)
     if rank == 1:
@@ -266,8 +255,8 @@ def _provided(rank: int, num_ranks: int, provider: str) -> list[torch.Tensor]:
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", provider=provider) as buffer:
         assert buffer.backend == "nvlink"
         assert buffer.backend_reason == f"asked for; symmetric memory from {provider}"
-        works(buffer)
-        works(buffer, dataclasses.replace(CASE, static=True, routes="some"))
+        cases.works(buffer, CASE)
+        cases.works(buffer, dataclasses.replace(CASE, static=True, routes="some"))
         recv, handle = cases.dispatch(buffer, CASE, cases.make_inputs(CASE, num_ranks))
         assert recv.sf is not None
         out = buffer.combine(recv.x.to(torch.bfloat16), handle)
@@ -299,7 +288,7 @@ def test_providers_give_the_same_bits(pools: Pools) -> None:
 
 def _part_of_nvshmem(rank: int, num_ranks: int) -> None:
     with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", provider="nvshmem") as buffer:
-        works(buffer)
+        cases.works(buffer, CASE)
         assert symmetric.running_nvshmem() == (rank, num_ranks)
         group = dist.new_group([0])
         if rank == 0:
@@ -313,7 +302,7 @@ def _part_of_nvshmem(rank: int, num_ranks: int) -> None:
                 symmetric.allocate("nvshmem", 1024, alone)
             dist.destroy_process_group(group)
         gather(num_ranks)
-        works(buffer)
+        cases.works(buffer, CASE)
 
 
 @pytest.mark.gpu
@@ -325,114 +314,10 @@ def test_nvshmem_serves_no_part_of_its_ranks(pools: Pools) -> None:
 
 # On GPUs: static receives in a graph.
 
-GRAPH_CAPACITY = 256
-GRAPH_ROUTES = ("random", "some", "none", "half", "one", "same_rank")
-
-
-class Step:
-    """Dispatch, an expert and combine, on tensors whose contents change."""
-
-    def __init__(self, rank: int, num_ranks: int, device: torch.device) -> None:
-        self._rank, self._num_ranks = rank, num_ranks
-        given = cases.make_inputs(CASE, num_ranks)
-        x = given.xs[rank]
-        assert isinstance(x, torch.Tensor)
-        assert given.topk_weights is not None
-        self._x, self._idx = x.to(device), given.topk_idxs[rank].to(device)
-        self._weights = given.topk_weights[rank].to(device)
-
-    def take(self, case: Case) -> None:
-        """Change the contents to those of a case."""
-        given = cases.make_inputs(case, self._num_ranks)
-        x = given.xs[self._rank]
-        assert isinstance(x, torch.Tensor)
-        assert given.topk_weights is not None
-        self._x.copy_(x)
-        self._idx.copy_(given.topk_idxs[self._rank])
-        self._weights.copy_(given.topk_weights[self._rank])
-
-    def run(self, buffer: Buffer, **options: Any) -> torch.Tensor:
-        recv, handle = buffer.dispatch(
-            self._x, self._idx, self._weights, recv_dtype="bf16", alignment=CASE.alignment, **options
-        )
-        return buffer.combine(recv.x * 3.0, handle)
-
-    def capture(self, buffer: Buffer, capacity: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Capture a static step; what it launches must have run before."""
-        self.run(buffer, static=True, num_max_recv_tokens=capacity)
-        cases.sync(buffer)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's watchdog, may go on calling CUDA.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = self.run(buffer, static=True, num_max_recv_tokens=capacity)
-        return graph, out
-
-
-def _graph(rank: int, num_ranks: int) -> None:
-    with (
-        cases.make_buffer(CASE, num_ranks, "cuda", "nvlink") as buffer,
-        cases.make_buffer(CASE, num_ranks, "cuda", "collective") as other,
-    ):
-        step = Step(rank, num_ranks, buffer.device)
-        graph, out = step.capture(buffer, GRAPH_CAPACITY)
-        for turn in range(20):
-            routes: Any = GRAPH_ROUTES[turn % len(GRAPH_ROUTES)]
-            step.take(dataclasses.replace(CASE, routes=routes, seed=100 + turn))
-            out.fill_(torch.nan)
-            for _ in range(50):
-                graph.replay()
-            cases.sync(buffer)
-            got = out.clone()
-            eager = step.run(buffer)
-            cases.sync(buffer)
-            want = step.run(other)
-            assert equal_bits(got, eager), f"turn {turn}: the graph and an eager call differ"
-            assert equal_bits(got, want), f"turn {turn}: the graph and the collective backend differ"
-            assert (routes == "none") == (not got.any())
-        torch.cuda.synchronize()
-        del graph
-        works(buffer)
-
-
-@pytest.mark.gpu
-def test_a_static_step_in_a_graph(pools: Pools) -> None:
-    pools.get(2, "cuda").run(_graph)
-
-
-def _graph_overflow(rank: int, num_ranks: int) -> None:
-    none, full = (dataclasses.replace(CASE, routes=routes) for routes in ("none", "random"))
-    capacity = CASE.alignment
-    with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink") as buffer:
-        step = Step(rank, num_ranks, buffer.device)
-        step.take(none)
-        graph, _ = step.capture(buffer, capacity)
-        for _ in range(2):
-            step.take(none)
-            graph.replay()
-            cases.sync(buffer)
-            step.take(full)
-            graph.replay()
-            torch.cuda.synchronize()
-            with pytest.raises(QcommOverflowError) as caught:
-                buffer.check()
-            needed = len(cases.expect_rows(full, cases.make_inputs(full, num_ranks))[rank].token_of_row)
-            assert (caught.value.rank, caught.value.expected, caught.value.seen) == (rank, needed, capacity)
-            buffer.check()
-        del graph
-        works(buffer)
-
-
-@pytest.mark.gpu
-def test_an_overflow_in_a_graph_is_heard_of(pools: Pools) -> None:
-    pools.get(2, "cuda").run(_graph_overflow)
-
-
-# On the CPU: peers of the collective backend.
-
 
 def _killed_on_the_cpu(rank: int, num_ranks: int, told: str, call: Call) -> None:
     buffer = cases.make_buffer(CASE, num_ranks, "cpu", "collective", deadline_s=DEADLINE_S)
-    works(buffer)
+    cases.works(buffer, CASE)
     calls = Calls(buffer)
     gather(num_ranks)
     if rank == 1:
@@ -475,195 +360,3 @@ def test_a_peer_that_does_not_come_on_the_cpu(call: Call, phase: str) -> None:
 
 
 # On the CPU: which backend, and why not another.
-
-
-def _nvlink_on_the_cpu(rank: int, num_ranks: int) -> None:
-    with pytest.raises(QcommUnsupportedError, match="'nvlink' cannot run here: tensors are on the CPU") as caught:
-        cases.make_buffer(CASE, num_ranks, "cpu", "nvlink")
-    assert (caught.value.rank, caught.value.phase) == (rank, "buffer.create")
-    with cases.make_buffer(CASE, num_ranks, "cpu", "auto") as buffer:
-        assert buffer.backend_reason == "tensors are on the CPU"
-        works(buffer)
-
-
-def test_nvlink_on_the_cpu(pool2: RankPool) -> None:
-    pool2.run(_nvlink_on_the_cpu)
-
-
-def _providers_that_differ(rank: int, num_ranks: int) -> None:
-    with pytest.raises(QcommConfigError, match=r"provider must be the same.*rank 0: nvshmem, rank 1: torch"):
-        cases.make_buffer(CASE, num_ranks, "cpu", "auto", provider=symmetric.PROVIDERS[rank])
-    with pytest.raises(ValueError, match="provider must be one of"):
-        cases.make_buffer(CASE, num_ranks, "cpu", "auto", provider="nccl")
-    with cases.make_buffer(CASE, num_ranks, "cpu", "auto", provider="torch") as buffer:
-        works(buffer)
-
-
-def test_providers_that_differ(pool2: RankPool) -> None:
-    pool2.run(_providers_that_differ)
-
-
-BOTH = Capability(True, "fine", ("nvshmem", "torch"))
-TORCH = Capability(True, "fine", ("torch",))
-NO_CUPY = Capability(False, "not installed: cupy-cuda13x", ())
-
-
-def seats(num_ranks: int = 3, **of_the_last: Any) -> list[select._Seat]:
-    """Make ranks that can run the nvlink backend, the last one changed."""
-    uuids = tuple(f"GPU-{rank}" for rank in range(num_ranks))
-    made = [select._Seat(BOTH, "host", uuid, uuids, None, uuids) for uuid in uuids]
-    return [*made[:-1], dataclasses.replace(made[-1], **of_the_last)]
-
-
-@pytest.mark.parametrize(
-    ("found", "want"),
-    [
-        (seats(), None),
-        (seats(1), None),
-        (seats(host="other"), "ranks are on several hosts"),
-        (seats(device_uuid="GPU-0"), "ranks 0 and 2 share a GPU"),
-        (seats(reachable_uuids=("GPU-0", "GPU-2")), "the GPU of rank 2 cannot reach that of rank 1"),
-        (seats(reachable_uuids=("GPU-2",), visible_uuids=("GPU-2",)), None),
-        (seats(capability=NO_CUPY), "rank 2: not installed: cupy-cuda13x"),
-        (seats(1, capability=NO_CUPY), "not installed: cupy-cuda13x"),
-        (seats(capability=NO_CUPY, host="other", device_uuid="GPU-0"), "rank 2: not installed: cupy-cuda13x"),
-        (seats(host="other", device_uuid="GPU-0"), "ranks are on several hosts"),
-    ],
-)
-def test_obstacles(found: list[select._Seat], want: str | None) -> None:
-    assert select._obstacle(found) == want
-
-
-@pytest.mark.parametrize(
-    ("changes", "num_ranks", "want"),
-    [
-        ({}, 16, None),
-        ({}, 17, "ranks of at most 16, got 17"),
-        ({"num_topk": 33}, 4, "num_topk of at most 32, got 33"),
-        ({"hidden": 41088}, 4, "hidden of at most 40960, got 41088"),
-        ({"num_max_tokens_per_rank": 1 << 20}, 4, "num_experts 272 and num_max_tokens_per_rank 1048576 need 283728"),
-    ],
-)
-def test_limits(changes: dict[str, int], num_ranks: int, want: str | None) -> None:
-    shape = {"num_experts": 272, "num_topk": 32, "hidden": 40960, "num_max_tokens_per_rank": 4096} | changes
-    config = BufferConfig(**shape, precision=WirePrecision(), backend="nvlink", provider="auto", device_type="cuda")
-    limit = select._limit(config, num_ranks)
-    assert limit is None if want is None else want in str(limit)
-
-
-def choose(monkeypatch: pytest.MonkeyPatch, found: list[select._Seat], backend: str, provider: str) -> Choice:
-    """Choose as rank 0 of ranks that told this."""
-
-    def all_gather_object(into: list[select._Seat], mine: select._Seat, group: object) -> None:
-        assert mine is found[0]
-        into[:] = found
-
-    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
-    monkeypatch.setattr(select, "_seat", lambda device: found[0])
-    config = BufferConfig(3, 1, 128, 8, WirePrecision(), backend, provider, "cuda")
-    group: Any = None
-    return select.choose(config, Member(group, 0, len(found), torch.device("cuda", 0), 1.0))
-
-
-@pytest.mark.parametrize(
-    ("found", "backend", "provider", "want"),
-    [
-        (seats(), "auto", "auto", ("nvlink", "nvshmem", "every rank reaches every GPU")),
-        (seats(), "nvlink", "torch", ("nvlink", "torch", "asked for; symmetric memory from torch")),
-        (seats(), "collective", "auto", ("collective", None, "asked for")),
-        (seats(capability=TORCH), "auto", "auto", ("nvlink", "torch", "from torch")),
-        (seats(capability=TORCH), "auto", "nvshmem", ("collective", None, "'nvshmem'")),
-        (seats(host="other"), "auto", "auto", ("collective", None, "several hosts")),
-        # NVSHMEM runs on some of the ranks only.
-        (seats(nvshmem=(0, 1)), "auto", "auto", ("nvlink", "torch", "from torch")),
-    ],
-)
-def test_choices(
-    monkeypatch: pytest.MonkeyPatch,
-    found: list[select._Seat],
-    backend: str,
-    provider: str,
-    want: tuple[str, str | None, str],
-) -> None:
-    choice = choose(monkeypatch, found, backend, provider)
-    assert (choice.backend, choice.provider) == want[:2]
-    assert want[2] in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("found", "provider", "text"),
-    [
-        (seats(host="other"), "auto", "several hosts"),
-        (seats(capability=NO_CUPY), "auto", "rank 2: not installed: cupy-cuda13x"),
-        (seats(capability=TORCH), "nvshmem", "provider 'nvshmem'"),
-        (seats(nvshmem=(0, 1)), "nvshmem", "provider 'nvshmem'"),
-    ],
-)
-def test_nvlink_that_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, found: list[select._Seat], provider: str, text: str
-) -> None:
-    with pytest.raises(QcommUnsupportedError, match=text) as caught:
-        choose(monkeypatch, found, "nvlink", provider)
-    assert "backend 'nvlink' cannot run here" in str(caught.value)
-    assert caught.value.phase == "buffer.create"
-    assert caught.value.seen
-
-
-@pytest.mark.parametrize(
-    ("running", "want"),
-    [
-        ([None, None], True),
-        ([(0, 2), (1, 2)], True),
-        ([(1, 2), (0, 2)], True),
-        ([(0, 2), None], False),
-        ([(0, 4), (1, 4)], False),
-        ([(0, 1), (0, 1)], False),
-        ([(0, 2)], False),
-    ],
-)
-def test_nvshmem_of_one_group(running: list[tuple[int, int] | None], want: bool) -> None:
-    assert select._one_nvshmem(running) is want
-
-
-def test_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    capability = (9, 0)
-    installed = {"cupy", "cuda.core", "cuda.bindings"}
-    providers: tuple[str, ...] = ("torch",)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(select, "_importable", lambda module: module in installed)
-    monkeypatch.setattr(symmetric, "available_providers", lambda: providers)
-    assert select.local_capability(device) == Capability(
-        True, "Hopper or newer, symmetric memory from torch", ("torch",)
-    )
-    providers = ()
-    assert "no provider" in select.local_capability(device).reason
-    installed = {"cuda.core"}
-    assert select.local_capability(device) == Capability(False, "not installed: cupy-cuda13x, cuda-bindings", ())
-    capability = (8, 6)
-    lacks = select.local_capability(device)
-    assert not lacks.supported
-    assert "9.0 or newer, this GPU has 8.6" in lacks.reason
-    assert select.local_capability(torch.device("cpu")) == Capability(False, "tensors are on the CPU", ())
-
-
-def test_packages_that_are_missing() -> None:
-    assert select._importable("torch.distributed")
-    assert not select._importable("torch.no_such_module")
-    assert not select._importable("no_such_package.module")
-
-
-def test_nvshmem_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "nvshmem.core", raising=False)
-    assert symmetric.running_nvshmem() is None
-    # Imported, and started by whoever imported it.
-    package, core = ModuleType("nvshmem"), ModuleType("nvshmem.core")
-    status = 0
-    for name, value in {"init_status": lambda: status, "my_pe": lambda: 3, "n_pes": lambda: 4}.items():
-        setattr(core, name, value)
-    package.core = core  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nvshmem", package)
-    monkeypatch.setitem(sys.modules, "nvshmem.core", core)
-    assert symmetric.running_nvshmem() is None
-    status = 2
-    assert symmetric.running_nvshmem() == (3, 4)
