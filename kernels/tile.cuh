@@ -18,9 +18,9 @@ constexpr int kLaneColumns = 4;  // lanes side by side
 constexpr int kLaneBytes = kWarpBytes / kLaneColumns;
 constexpr int kScaleStride = kTileRows + kTileRows / kLaneRows;
 
-// This thread among those of its tile.
-__device__ __forceinline__ int tile_thread() {
-    return threadIdx.x % kThreads;
+// This thread among those of its tile; a block may have several tiles.
+__device__ __forceinline__ uint32_t tile_thread() {
+    return QCOMM_TILES == 1 ? threadIdx.x : threadIdx.x % kThreads;
 }
 
 // A tile and its scales. Parts of 16 rows are swizzled so that those of a warp's lanes lie on different

@@ -42,7 +42,9 @@ class ColumnwiseParams(ctypes.Structure):
 def columnwise_spec(name: str, alignment: int, **constants: int) -> KernelSpec:
     """Build the spec of a column-wise kernel; one that need not look for its rows where all tiles are whole."""
     constants["whole_tiles"] = alignment % FP8_GROUP_SIZE == 0
-    return KernelSpec.of(name, name, threads=THREADS, sizeof_params=ctypes.sizeof(ColumnwiseParams), **constants)
+    return KernelSpec.of(
+        name, name, threads=THREADS, tiles=1, sizeof_params=ctypes.sizeof(ColumnwiseParams), **constants
+    )
 
 
 def launch(spec: KernelSpec, x: torch.Tensor, params: ColumnwiseParams) -> None:

@@ -112,6 +112,7 @@ def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) 
             name = "dispatch_recv_columnwise_mxfp4"
             sharing = {
                 "threads": _COLUMNWISE_THREADS,
+                "tiles": _TILES,
                 "tile_shared_bytes": TILE_SHARED_BYTES,
                 "max_registers": _TILE_REGISTERS,
             }
