@@ -91,7 +91,10 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const int num_ranks = comm.num_ranks;
     Sender sender(team, shared, comm.state->epoch);
 
-    const int most = most_records(p.recv_offsets, num_ranks);
+    int most = 0;
+    for (int source = 0; source < num_ranks; ++source) {
+        most = max(most, p.recv_offsets[source + 1] - p.recv_offsets[source]);
+    }
     for (int i = team.index; i < most * num_ranks; i += team.count) {
         const int source = (i + comm.rank) % num_ranks, slot = i / num_ranks;
         const int record = p.recv_offsets[source] + slot;

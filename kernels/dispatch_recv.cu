@@ -76,7 +76,10 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     Ring<kStageBytes> ring(team, shared);
     if (p.padded_rows != 0) write_padding(p, team, ring);
 
-    const int most = most_records(p.recv_offsets, num_ranks);
+    int most = 0;
+    for (int source = 0; source < num_ranks; ++source) {
+        most = max(most, p.recv_offsets[source + 1] - p.recv_offsets[source]);
+    }
     uint32_t overflows = 0;
     for (int first = team.index; first < most * num_ranks; first += 32 * team.count) {
         // A lane knows one of the team's next records, so that all their flags are looked at together.

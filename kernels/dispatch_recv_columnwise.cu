@@ -43,7 +43,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             const int record = p.row_record[first_row + threadIdx.x];
             int64_t index = -1;
             if (record >= 0) {
-                const int source = source_of(p.recv_offsets, record);
+                int source = 0;
+                while (record >= p.recv_offsets[source + 1])
+                    ++source;
                 index = slot_index(comm, source, record - p.recv_offsets[source]);
                 const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + index;
                 if (!wait_flag(comm, flag, epoch, source, kPhaseDispatch)) arrived = 0;

@@ -28,7 +28,9 @@ __device__ __forceinline__ int wait_for_row(const DispatchRecvParams& p, int row
     const Comm& comm = p.comm;
     const int record = p.row_record[row];
     if (record < 0) return -1;
-    const int source = source_of(p.recv_offsets, record);
+    int source = 0;
+    while (record >= p.recv_offsets[source + 1])
+        ++source;
     const int64_t index = slot_index(comm, source, record - p.recv_offsets[source]);
     const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + index;
     wait_flag(comm, flag, comm.state->epoch, source, kPhaseDispatch);

@@ -79,20 +79,3 @@ __device__ __forceinline__ int32_t* metadata_of(const Comm& comm, int rank, uint
     return region<int32_t>(comm, rank, comm.metadata) +
            (index + slot_index(comm, source, slot)) * comm.metadata_words;
 }
-
-// Of `offsets` [num_ranks + 1], which say where each source's records begin: the records of the source that
-// has most.
-__device__ __forceinline__ int most_records(const int32_t* offsets, int num_ranks) {
-    int most = 0;
-    for (int source = 0; source < num_ranks; ++source)
-        most = max(most, offsets[source + 1] - offsets[source]);
-    return most;
-}
-
-// The source of a record that is there.
-__device__ __forceinline__ int source_of(const int32_t* offsets, int record) {
-    int source = 0;
-    while (record >= offsets[source + 1])
-        ++source;
-    return source;
-}

@@ -288,7 +288,9 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
 
         for (int entry = thread; entry < num_records * kNumTopk; entry += num_threads) {
             const int record = entry / kNumTopk, j = entry % kNumTopk;
-            const int source = source_of(offsets, record);
+            int source = 0;
+            while (record >= offsets[source + 1])
+                ++source;
             const int32_t* words = metadata_of(comm, comm.rank, epoch, source, record - offsets[source]);
             const int token = words[0], expert = words[1 + j], ordinal = words[1 + kNumTopk + j];
             const float weight = __int_as_float(words[1 + 2 * kNumTopk + j]);
