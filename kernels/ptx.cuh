@@ -161,10 +161,9 @@ __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits for all but the last kPending groups of this thread's copies; a barrier then shows them to the block.
-template <int kPending = 0>
+// Waits for all of this thread's copies; a barrier then shows them to the block.
 __device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
 // Packed 16-bit arithmetic: a * b + c rounded once, a * b, and integer minimum and maximum.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import mpirun, start
 from ranks import need_gpus
 
 from qcomm import resources
@@ -20,14 +19,12 @@ from qcomm.jit import compile_cubin
 from qcomm.ops import peer_store
 from qcomm.records import MetadataLayout, RecordLayout
 
-REPO = Path(__file__).resolve().parents[1]
-MPIRUN = Path(sys.executable).parent / "mpirun"
 sys.path.insert(0, str(resources.find("benchmarks")))
 
-import harness  # noqa: E402
-import oracle  # noqa: E402
-import plot_exchange  # noqa: E402
-import workload  # noqa: E402
+import harness
+import oracle
+import plot_exchange
+import workload
 
 TINY = ["--tokens", "24", "--hidden", "128", "--experts", "8", "--topk", "2", "--iterations", "2"]
 KEYS = {
@@ -75,18 +72,6 @@ sys.exit(bench_dispatch.main())
 """
 
 
-def start(*command: str, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
-    environ = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "benchmarks")]),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
-    }
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
-
-
 def bench(*arguments: str, launcher: tuple[str, ...] = (), on_gpu: bool = False) -> list[list[str]]:
     """Run a benchmark; returns the cells of each row of its table."""
     command = [*launcher, sys.executable, "-m", "qcomm", "bench", *arguments]
@@ -95,12 +80,6 @@ def bench(*arguments: str, launcher: tuple[str, ...] = (), on_gpu: bool = False)
     lines = done.stdout.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("call "))
     return [line.replace(" + expand", "+expand").split() for line in lines[head + 2 :]]
-
-
-def mpirun(num_ranks: int) -> tuple[str, ...]:
-    if not MPIRUN.is_file():
-        pytest.skip(f"no mpirun in {MPIRUN.parent}")
-    return (str(MPIRUN), "-n", str(num_ranks), "--oversubscribe", "--bind-to", "none")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -246,7 +225,7 @@ def test_on_gpus(name: str, num_ranks: int, tmp_path: Path) -> None:
     need_gpus(num_ranks)
     path = tmp_path / "lines.jsonl"
     arguments = [name, "--tokens", "256", "--hidden", "512", "--iterations", "5", "--json", str(path)]
-    bench(*arguments, launcher=mpirun(num_ranks) if num_ranks > 1 else (), on_gpu=True)
+    bench(*arguments, launcher=mpirun(num_ranks), on_gpu=True)
     found = read(path)
     assert {line["backend"] for line in found} == {"nvlink"}
     assert all((line["ceiling_gbs"] is None) == (num_ranks == 1) for line in found)

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import REPO, mpirun, start
 
 from qcomm import demo
 from qcomm.records import MetadataLayout, RecordLayout
 
-REPO = Path(__file__).resolve().parents[1]
-MPIRUN = Path(sys.executable).parent / "mpirun"
 TINY = ["--hidden", "128", "--tokens", "24", "--experts", "8", "--topk", "2", "--intermediate", "32"]
 
 
 def run_demo(*launcher: str) -> list[str]:
-    environ = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     command = [*launcher, sys.executable, "-m", "qcomm", "demo", *TINY]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    done = start(*command)
     assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout.splitlines()
 
@@ -48,9 +36,7 @@ def check_report(lines: list[str], num_ranks: int) -> None:
 
 @pytest.mark.mpi
 def test_under_mpirun() -> None:
-    if not MPIRUN.is_file():
-        pytest.skip(f"no mpirun in {MPIRUN.parent}")
-    lines = run_demo(str(MPIRUN), "-n", "2", "--oversubscribe")
+    lines = run_demo(*mpirun(2))
     check_report(lines, 2)
     assert "24/18 tokens of 128" in lines[0]
 

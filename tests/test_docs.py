@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from commands import REPO, mpirun, start
 
-REPO = Path(__file__).resolve().parents[1]
 README = REPO / "README.md"
 PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
-MPIRUN = Path(sys.executable).parent / "mpirun"
 READMES = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL).findall(README.read_text())
 TABLE_TOOL = REPO / "tools" / "readme_table.py"
 RESULTS = REPO / "benchmarks" / "results"
@@ -23,16 +20,7 @@ RESULTS = REPO / "benchmarks" / "results"
 
 def run(command: Sequence[str], code: int = 0) -> str:
     """Run a command on the CPU; returns what it printed."""
-    environ = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    done = start(*command)
     assert done.returncode == code, f"{command} exited {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 
@@ -75,20 +63,14 @@ def test_example() -> None:
 
 @pytest.mark.mpi
 def test_example_under_mpirun() -> None:
-    if not MPIRUN.is_file():
-        pytest.skip(f"no mpirun in {MPIRUN.parent}")
-    launcher = [str(MPIRUN), "-n", "2", "--oversubscribe", "--bind-to", "none"]
-    out = run([*launcher, sys.executable, str(REPO / "examples/moe_layer.py")])
+    out = run([*mpirun(2), sys.executable, str(REPO / "examples/moe_layer.py")])
     check_example([line for line in out.splitlines() if " bytes a token" in line], kib_sent=True)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_overlap_example(num_ranks: int) -> None:
-    launcher = [str(MPIRUN), "-n", str(num_ranks), "--oversubscribe", "--bind-to", "none"] if num_ranks > 1 else []
-    if launcher and not MPIRUN.is_file():
-        pytest.skip(f"no mpirun in {MPIRUN.parent}")
-    lines = run([*launcher, sys.executable, str(REPO / "examples/overlap.py")]).splitlines()
+    lines = run([*mpirun(num_ranks), sys.executable, str(REPO / "examples/overlap.py")]).splitlines()
     want = [f"rank {rank}, collective: the same sums: True" for rank in range(num_ranks)]
     assert sorted(line for line in lines if "same sums" in line) == want
 

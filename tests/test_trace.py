@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import mpirun, start
 from ranks import need_gpus
 
 from qcomm import trace
 
-REPO = Path(__file__).resolve().parents[1]
-MPIRUN = Path(sys.executable).parent / "mpirun"
 TINY = ["--hidden", "128", "--tokens", "24", "--experts", "8", "--topk", "2"]
 
 
 def command(*arguments: str, ranks: int = 1, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
-    environ = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
-    }
-    if ranks > 1 and not MPIRUN.is_file():
-        pytest.skip(f"no mpirun in {MPIRUN.parent}")
-    launcher = [str(MPIRUN), "-n", str(ranks), "--oversubscribe"] if ranks > 1 else []
-    whole = [*launcher, sys.executable, "-m", "qcomm", "trace", *arguments]
-    return subprocess.run(whole, env=environ, capture_output=True, text=True, timeout=180, check=False)
+    return start(*mpirun(ranks), sys.executable, "-m", "qcomm", "trace", *arguments, on_gpu=on_gpu)
 
 
 def kernel(name: str, ts: float, stream: int) -> dict[str, Any]:
