@@ -3,9 +3,7 @@
 #include "sender.cuh"
 #include "wait.cuh"
 
-// Rows whose loads are in flight together, and records.
-constexpr int kRowBatch = kStochastic ? 2 : 3;
-constexpr int kSumBatch = kWire == kMxfp4 ? 4 : 2;
+constexpr int kSumBatch = kWire == kMxfp4 ? 4 : 2;  // records whose loads are in flight together
 // Vectors of a token that a receiving warp takes, so that it looks at the flags once for several.
 constexpr int kPartVecs = 2;
 constexpr int kPartsPerToken = (kNumVecs + 32 * kPartVecs - 1) / (32 * kPartVecs);
@@ -32,91 +30,205 @@ struct CombineRecvParams {
 
 static_assert(sizeof(CombineRecvParams) == QCOMM_SIZEOF_COMBINE_RECV, "qcomm/ops/combine.py holds the same");
 
-// This lane's row and weight of a record, -1 for none.
-struct RowOfLane {
-    int row;
+// The part of a row that a team sums in one step, and its place in shared memory.
+constexpr int kChunkBytes = 2 * kVec * kTeamThreads;
+constexpr int kChunks = QCOMM_CHUNKS;
+static_assert(kChunkBytes == QCOMM_CHUNK_BYTES, "qcomm/ops/combine.py computes the same");
+
+// What the warp that loads a record's rows tells those that sum and send it.
+struct Item {
+    uint8_t* destination;
+    uint32_t* flag;
+    int32_t token;
+    int32_t source;
+    uint32_t first_chunk;
+    int32_t num_rows;
+    float weights[32];
+};
+
+// What the warps of a block share.
+struct SumBoard {
+    Outbox outbox;
+    Item items[kStages];
+    Signals<kStages> told;    // the item is there
+    Signals<kChunks> loaded;  // the chunk is there
+    Signals<kChunks> summed;  // and may be overwritten
+};
+
+// The records of a block, round robin over the sources.
+struct BlockRecords {
+    const Comm& comm;
+    const int32_t* recv_offsets;
+    int total;  // in the grid, with those that a source with fewer records does not have
+
+    __device__ __forceinline__ explicit BlockRecords(const CombineSendParams& p)
+        : comm(p.comm), recv_offsets(p.recv_offsets) {
+        int most = 0;
+        for (int source = 0; source < comm.num_ranks; ++source)
+            most = max(most, recv_offsets[source + 1] - recv_offsets[source]);
+        total = most * comm.num_ranks;
+    }
+
+    // Another one for each of a block's records, and at any time for each rank: see dispatch_send.
+    __device__ __forceinline__ int source(int i) const {
+        return (i + comm.rank + i / comm.num_ranks * comm.num_ranks / gridDim.x) % comm.num_ranks;
+    }
+    __device__ __forceinline__ int slot(int i) const { return i / comm.num_ranks; }
+
+    // -1 for none.
+    __device__ __forceinline__ int record(int i) const {
+        if (i >= total) return -1;
+        const int record = recv_offsets[source(i)] + slot(i);
+        return record < recv_offsets[source(i) + 1] ? record : -1;
+    }
+
+    // How many there are. Call from all threads.
+    __device__ __forceinline__ int count() const {
+        int n = 0;
+        for (int base = 0; base * gridDim.x + blockIdx.x < total; base += blockDim.x)
+            n += __syncthreads_count(record((base + threadIdx.x) * gridDim.x + blockIdx.x) >= 0);
+        return n;
+    }
+};
+
+// One record's rows, one a lane, as they were read ahead.
+struct Rows {
+    int i;
+    int token;
+    int row;  // -1 for none
     float weight;
 };
 
-__device__ __forceinline__ RowOfLane row_of_lane(const CombineSendParams& p, int record) {
+// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk.
+__device__ __forceinline__ void load_rows(const CombineSendParams& p, const BlockRecords& records,
+                                          int num_records, SumBoard& board, uint8_t* chunks) {
+    const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
-    if (lane >= p.width) return {-1, 1.0f};
-    const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
-    return {p.record_rows[entry], p.record_weights == nullptr ? 1.0f : p.record_weights[entry]};
-}
-
-// Sums vector `vec` of a record's rows.
-__device__ __forceinline__ void sum_rows(const CombineSendParams& p, const RowOfLane& mine, int vec,
-                                         float (&sum)[kVec]) {
-    for (uint32_t left = __ballot_sync(kAllLanes, mine.row >= 0); left != 0;) {
-        uint32_t data[kRowBatch][kVec / 2];
-        float weight[kRowBatch];
-        bool valid[kRowBatch];
-#pragma unroll
-        for (int i = 0; i < kRowBatch; ++i) {
-            valid[i] = left != 0;
-            const int j = valid[i] ? __ffs(left) - 1 : 0;
-            left &= left - 1;
-            const int row = __shfl_sync(kAllLanes, mine.row, j);
-            weight[i] = __shfl_sync(kAllLanes, mine.weight, j);
-            if (!valid[i] || vec >= kNumVecs) continue;
-            const uint4* y =
-                reinterpret_cast<const uint4*>(p.y + static_cast<int64_t>(row) * (2 * kHidden)) + 2 * vec;
-            unpack(load_stream(y), data[i]);
-            unpack(load_stream(y + 1), data[i] + 4);
+    int i = blockIdx.x - gridDim.x;
+    const auto read = [&] {
+        Rows rows = {i, 0, -1, 1.0f};
+        int record = -1;
+        while (record < 0 && rows.i < records.total)
+            record = records.record(rows.i += gridDim.x);
+        i = rows.i;
+        if (record < 0) return rows;
+        rows.token = p.record_src_token[record];
+        if (lane >= p.width) return rows;
+        const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
+        rows.row = p.record_rows[entry];
+        if (p.record_weights != nullptr) rows.weight = p.record_weights[entry];
+        return rows;
+    };
+    Rows next = read(), after = read();
+    uint32_t chunk = 0;
+    for (uint32_t n = 0; n < num_records; ++n) {
+        const Rows rows = next;
+        next = after;
+        after = read();
+        board.outbox.read.wait_before(n);
+        Item& item = board.items[n % kStages];
+        const uint32_t mask = __ballot_sync(kAllLanes, rows.row >= 0);
+        if (rows.row >= 0) item.weights[__popc(mask & ((1u << lane) - 1))] = rows.weight;
+        if (lane == 0) {
+            const int source = records.source(rows.i);
+            const int64_t index = slot_index(comm, comm.rank, records.slot(rows.i));
+            item.destination = region<uint8_t>(comm, source, comm.combine_records) + index * kSlotBytes;
+            item.flag = region<uint32_t>(comm, source, comm.combine_flags) + index;
+            item.token = rows.token;
+            item.source = source;
+            item.first_chunk = chunk;
+            item.num_rows = __popc(mask);
         }
-#pragma unroll
-        for (int i = 0; i < kRowBatch; ++i) {
-            if (!valid[i] || vec >= kNumVecs) continue;
-            float term[kVec];
-            decode_bf16(data[i], term);
-#pragma unroll
-            for (int e = 0; e < kVec; ++e) {
-                if (p.record_weights != nullptr) term[e] = __fmul_rn(weight[i], term[e]);
-                sum[e] = __fadd_rn(sum[e], term[e]);
+        board.told.arrive(n);
+#pragma unroll 1
+        for (int step = 0; step < kVecsPerThread; ++step) {
+            const int num_bytes = min(kChunkBytes, 2 * kHidden - step * kChunkBytes);
+            for (uint32_t left = mask; left != 0; left &= left - 1, ++chunk) {
+                const int row = __shfl_sync(kAllLanes, rows.row, __ffs(left) - 1);
+                board.summed.wait_before(chunk);
+                if (lane != 0) continue;
+                const uint8_t* y = p.y + static_cast<int64_t>(row) * (2 * kHidden) + step * kChunkBytes;
+                mbarrier_arrive_expect(board.loaded.of(chunk), num_bytes);
+                bulk_load(chunks + chunk % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(chunk));
             }
         }
     }
 }
 
-// Any grid; whole teams; a team takes records round robin over the sources. Dynamic shared memory: kStages of
-// Sender's stages a team, 16-byte aligned. Reads each row of y once and writes each record once: the
-// dispatch's slot of this rank's region at the source, then, with release order, that slot's flag.
-extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
-    combine_send(const __grid_constant__ CombineSendParams p) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    const Comm& comm = p.comm;
-    if (__syncthreads_or(timed_out(comm))) return;
+// A team's warps, each on its own part: sum the rows of every kTeams-th record, and encode the sums.
+__device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_records, SumBoard& board,
+                                         uint8_t* stages, const uint8_t* chunks) {
     const Team team;
-    const int num_ranks = comm.num_ranks;
-    Sender sender(team, shared, comm.state->epoch);
-
-    int most = 0;
-    for (int source = 0; source < num_ranks; ++source) {
-        most = max(most, p.recv_offsets[source + 1] - p.recv_offsets[source]);
-    }
-    for (int i = team.index; i < most * num_ranks; i += team.count) {
-        const int source = (i + comm.rank) % num_ranks, slot = i / num_ranks;
-        const int record = p.recv_offsets[source] + slot;
-        if (record >= p.recv_offsets[source + 1]) continue;
-        const RowOfLane mine = row_of_lane(p, record);
-        const int token = p.record_src_token[record];
+    for (uint32_t n = team.number; n < num_records; n += kTeams) {
+        board.told.wait(n);
+        const Item& item = board.items[n % kStages];
         Quantizer quantizer = p.quantizer;
-        quantizer.subsequence = num_ranks * (1 + source) + comm.rank;
-        sender.begin(team);
+        quantizer.subsequence = p.comm.num_ranks * (1 + item.source) + p.comm.rank;
+        uint32_t chunk = item.first_chunk;
 #pragma unroll 1
         for (int step = 0; step < kVecsPerThread; ++step) {
             const int vec = team.vec(step);
             float sum[kVec] = {};
-            sum_rows(p, mine, vec, sum);
-            write_record(sender.stage(), encode_wire<false>(sum, 0, quantizer, token, vec), vec);
+#pragma unroll 1
+            for (int row = 0; row < item.num_rows; ++row, ++chunk) {
+                const float weight = item.weights[row];
+                board.loaded.wait(chunk);
+                const uint4* y =
+                    reinterpret_cast<const uint4*>(chunks + chunk % kChunks * kChunkBytes) + 2 * team.thread;
+                uint32_t data[kVec / 2];
+                unpack(y[0], data);
+                unpack(y[1], data + 4);
+                board.summed.arrive(chunk);
+                float term[kVec];
+                decode_bf16(data, term);
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) {
+                    if (p.record_weights != nullptr) term[e] = __fmul_rn(weight, term[e]);
+                    sum[e] = __fadd_rn(sum[e], term[e]);
+                }
+            }
+            const LaneVec encoded = encode_wire<false>(sum, 0, quantizer, item.token, vec);
+            write_record(stage_of(stages, n), encoded, vec);
         }
-        const int64_t index = slot_index(comm, comm.rank, slot);
-        uint8_t* destination = region<uint8_t>(comm, source, comm.combine_records) + index * kRecordBytes;
-        uint32_t* flag = region<uint32_t>(comm, source, comm.combine_flags) + index;
-        sender.send(team, team.thread == 0 ? destination : nullptr, flag);
+        board.outbox.hand_over(n);
     }
-    sender.finish(team);
+}
+
+// Any grid; kWorkers warps, one that loads and one that sends. Dynamic shared memory: kChunks chunks, then
+// kStages stages, 128-byte aligned: bulk copies that begin amid a line are slow. Reads each row of y once and writes each record once: the dispatch's slot
+// of this rank's region at the source, then, with release order, that slot's flag.
+extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
+    combine_send(const __grid_constant__ CombineSendParams p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ SumBoard board;
+    const Comm& comm = p.comm;
+    if (threadIdx.x == 0) {
+        board.outbox.init();
+        board.told.init(1);
+        board.loaded.init(1);
+        board.summed.init(kTeamWarps);
+        fence_mbarrier_init();
+    }
+    if (__syncthreads_or(timed_out(comm))) return;
+    const BlockRecords records(p);
+    const int num_records = records.count();
+    uint8_t* stages = shared + kChunks * kChunkBytes;
+    const int role = threadIdx.x / 32 - kWorkers;
+    if (role < 0) {
+        sum_rows(p, num_records, board, stages, shared);
+    } else if (role == 0) {
+        load_rows(p, records, num_records, board, shared);
+    } else {
+        Sender sender(board.outbox, stages, comm.state->epoch);
+        for (int n = 0; n < num_records; ++n) {
+            board.told.wait(n);
+            const Item& item = board.items[n % kStages];
+            const bool sends = threadIdx.x % 32 == 0;
+            sender.next();
+            sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, kRecordBytes);
+        }
+        sender.finish();
+    }
 }
 
 // Any grid, QCOMM_RECV_THREADS threads; warps take parts of tokens in turn. A warp waits for the flags of the
@@ -162,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(QCOMM_RECV_THREADS)
                     const int rank = valid[i] ? __ffs(left) - 1 : 0;
                     left &= left - 1;
                     const int64_t index = slot_index(comm, rank, __shfl_sync(kAllLanes, slot, rank));
-                    if (valid[i]) parts[i] = read_record(records + index * kRecordBytes, vec);
+                    if (valid[i]) parts[i] = read_record(records + index * kSlotBytes, vec);
                 }
 #pragma unroll
                 for (int i = 0; i < kSumBatch; ++i) {

@@ -1,30 +1,24 @@
 // What the two receive kernels of dispatch share: their parameters, and one lane's part of a row.
 #pragma once
 
+#include "place.cuh"
 #include "record.cuh"
-#include "wait.cuh"
 
 struct DispatchRecvParams {
     Comm comm;
-    const int32_t* recv_offsets;   // [num_ranks + 1]
-    const int32_t* record_rows;    // [records, width]
-    const int32_t* row_record;     // [rows]
-    const int32_t* group_offsets;  // [num_local_experts + 1], or null
+    Placement placement;
     uint8_t* x;                    // out [rows] of kHidden E4M3, bf16 or packed E2M1
     uint8_t* sf;                   // out, fp8: float32 with the strides below; mxfp4: [rows, kHidden / 32]
-    uint64_t* overflows;       // in and out [2]: blocks too far down to be exact in x, and in x_columnwise
     uint8_t* x_columnwise;     // out [rows * kHidden] E4M3
     float* sf_columnwise;      // out [rows / 128, kHidden]
     int64_t sf_expert_stride;  // elements, for the "batched" layout
     int64_t sf_row_stride;
     int64_t sf_group_stride;
     Quantizer quantizer;
-    int32_t width;
     int32_t rows_per_expert;  // 0 unless "batched"
-    int32_t padded_rows;      // rows below it that hold no record are zeroed; -1 for those of all groups
+    int32_t pads;             // whether rows of a group that hold no record are zeroed
     int32_t num_rows;         // rows of x; what belongs past them is left out
     int32_t sf_together;      // whether a row's scales are adjacent and start at a multiple of 16 bytes
-    int32_t padding;
 };
 
 static_assert(sizeof(DispatchRecvParams) == QCOMM_SIZEOF_DISPATCH_RECV,

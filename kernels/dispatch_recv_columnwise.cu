@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     const uint32_t epoch = comm.state->epoch;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int column = threadIdx.x % kVecsPerGroup * kVec, row = threadIdx.x / kVecsPerGroup * kRowsPerThread;
-    const int row_tiles = p.group_offsets[comm.num_local_experts] / kTile;
+    const int row_tiles = p.placement.group_offsets[comm.num_local_experts] / kTile;
     constexpr int kColumnTiles = kHidden / kTile;
     constexpr int kStrip = (kColumnTiles + kStrips - 1) / kStrips;
     uint32_t row_overflows = 0;
@@ -33,20 +33,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
         int expert = 0;
         for (int step = 1 << 30; step > 0; step >>= 1) {
             const int next = expert + step;
-            if (next < comm.num_local_experts && p.group_offsets[next] <= first_row) expert = next;
+            if (next < comm.num_local_experts && p.placement.group_offsets[next] <= first_row) expert = next;
         }
-        const int group_begin = p.group_offsets[expert],
-                  group_rows = p.group_offsets[expert + 1] - group_begin;
+        const int group_begin = p.placement.group_offsets[expert],
+                  group_rows = p.placement.group_offsets[expert + 1] - group_begin;
         if (threadIdx.x == 0) arrived = 1;
         __syncthreads();
         if (threadIdx.x < kTile) {
-            const int record = p.row_record[first_row + threadIdx.x];
+            const int record = p.placement.row_record[first_row + threadIdx.x];
             int64_t index = -1;
             if (record >= 0) {
                 int source = 0;
-                while (record >= p.recv_offsets[source + 1])
+                while (record >= p.placement.recv_offsets[source + 1])
                     ++source;
-                index = slot_index(comm, source, record - p.recv_offsets[source]);
+                index = slot_index(comm, source, record - p.placement.recv_offsets[source]);
                 const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + index;
                 if (!wait_flag(comm, flag, epoch, source, kPhaseDispatch)) arrived = 0;
             }
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                 const int64_t index = records[row + r];
                 if (index >= 0) {
                     const uint8_t* bytes =
-                        region<uint8_t>(comm, comm.rank, comm.dispatch_records) + index * kRecordBytes;
+                        region<uint8_t>(comm, comm.rank, comm.dispatch_records) + index * kSlotBytes;
                     parts[r] = read_record(bytes, vec);
                 } else {
                     parts[r] = {};
@@ -153,5 +153,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             __syncthreads();
         }
     }
-    add_overflows(p.overflows, row_overflows);
+    add_overflows(p.placement.overflows, row_overflows);
 }

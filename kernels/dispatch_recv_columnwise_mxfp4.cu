@@ -26,12 +26,12 @@ __device__ __forceinline__ void tile_sync() {
 // Waits for the record of row `row`; returns its slot index, -1 for none.
 __device__ __forceinline__ int wait_for_row(const DispatchRecvParams& p, int row) {
     const Comm& comm = p.comm;
-    const int record = p.row_record[row];
+    const int record = p.placement.row_record[row];
     if (record < 0) return -1;
     int source = 0;
-    while (record >= p.recv_offsets[source + 1])
+    while (record >= p.placement.recv_offsets[source + 1])
         ++source;
-    const int64_t index = slot_index(comm, source, record - p.recv_offsets[source]);
+    const int64_t index = slot_index(comm, source, record - p.placement.recv_offsets[source]);
     const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + index;
     wait_flag(comm, flag, comm.state->epoch, source, kPhaseDispatch);
     return static_cast<int>(index);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void gather_tile(const DispatchRecvParams& p, TileSha
     for (int part = 0; part < kTileRows / kPassRows; ++part) {
         const int row = part * kPassRows + pass_row, index = shared.records[row];
         const uint8_t* from =
-            records + static_cast<int64_t>(max(index, 0)) * kRecordBytes + first_byte + byte;
+            records + static_cast<int64_t>(max(index, 0)) * kSlotBytes + first_byte + byte;
         copy_async<16>(shared.stage.at(part, row, byte), from, inside && index >= 0);
     }
     constexpr int kScaleRows = kThreads / kScaleWords;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void gather_tile(const DispatchRecvParams& p, TileSha
     for (int first = 0; first < kTileRows; first += kScaleRows) {
         const int row = first + scale_row, index = shared.records[row];
         const uint8_t* from =
-            records + static_cast<int64_t>(max(index, 0)) * kRecordBytes + kScaleOffset + scale_byte;
+            records + static_cast<int64_t>(max(index, 0)) * kSlotBytes + kScaleOffset + scale_byte;
         copy_async<4>(shared.stage.scale(row / kLaneRows, row, word), from,
                       scale_byte < kHidden / kBlockSize && index >= 0);
     }
@@ -99,7 +99,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     if (__syncthreads_or(timed_out(comm))) return;
     const int team = threadIdx.x / kThreads, num_teams = gridDim.x * (blockDim.x / kThreads);
     TileShared& shared = reinterpret_cast<TileShared*>(bytes)[team];
-    const int num_jobs = p.group_offsets[comm.num_local_experts] / kTileRows * kPieces;
+    const int num_jobs = p.placement.group_offsets[comm.num_local_experts] / kTileRows * kPieces;
     uint32_t overflows = 0;
     for (int job = blockIdx.x + gridDim.x * team; job < num_jobs; job += num_teams) {
         const int tile = job / kPieces, first_row = tile * kTileRows;
@@ -115,19 +115,19 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         int expert = 0;
         for (int step = 1 << 30; step > 0; step >>= 1) {
             const int next = expert + step;
-            if (next < comm.num_local_experts && p.group_offsets[next] <= first_row) expert = next;
+            if (next < comm.num_local_experts && p.placement.group_offsets[next] <= first_row) expert = next;
         }
-        const int group_begin = p.group_offsets[expert],
-                  group_rows = p.group_offsets[expert + 1] - group_begin;
+        const int group_begin = p.placement.group_offsets[expert],
+                  group_rows = p.placement.group_offsets[expert + 1] - group_begin;
         const int column = first_column + 2 * lane_byte();
         if (column < kHidden) {
             const int64_t group = static_cast<int64_t>(group_begin) * kHidden;
             uint8_t* out = p.x_columnwise + group + static_cast<int64_t>(column) * group_rows + first_row -
                            group_begin + lane_row();
-            align_tile(p.overflows + 1, shared.stage, shared.places, true, group_rows,
+            align_tile(p.placement.overflows + 1, shared.stage, shared.places, true, group_rows,
                        p.sf_columnwise + static_cast<int64_t>(tile) * kHidden + column, out);
         }
         tile_sync();
     }
-    add_overflows(p.overflows, overflows);
+    add_overflows(p.placement.overflows, overflows);
 }

@@ -8,17 +8,23 @@ struct DispatchSendParams {
     Comm comm;
     const uint8_t* x;   // [num_tokens] rows of bf16, E4M3 or packed E2M1
     const uint8_t* sf;  // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
-    const int32_t* send_slot;  // [num_tokens, num_ranks]
-    int64_t sf_row_stride;     // elements
+    const int32_t* send_slot;     // [num_tokens, num_ranks]
+    const int32_t* topk_idx;      // [num_tokens, kNumTopk] of index_words words each, the lowest first
+    const int32_t* ordinals;      // [num_tokens, kNumTopk]
+    const int32_t* topk_weights;  // [num_tokens, kNumTopk] bits of float32, or null for ones
+    int64_t sf_row_stride;        // elements
     int64_t sf_group_stride;   // elements
     Quantizer quantizer;
     int32_t num_tokens;
-    int32_t after_route;  // whether the call began with route, and this kernel must wait for the peers'
+    int32_t index_words;  // 0 for a replay, whose records have no metadata
 };
 
 static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
               "qcomm/ops/dispatch.py holds the same");
 
+constexpr int kNumTopk = QCOMM_NUM_TOPK;
+constexpr int kMetadataWords = 1 + 3 * kNumTopk;
+constexpr int kWordsPerLane = (kMetadataWords + 31) / 32;
 constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
 // Whether a team loads the next token while it encodes one; rounding at random and rotations take the
 // registers for it.
@@ -72,61 +78,126 @@ __device__ __forceinline__ LaneVec encode_input(LaneVec& in, const Quantizer& qu
     }
 }
 
-// Any grid; whole teams. Dynamic shared memory: kStages of Sender's stages a team, 16-byte aligned. A team
-// takes every count-th token, and loads the next while it encodes one. Reads x once and writes each record
-// once per destination rank, itself included: slot send_slot[token][rank] of this rank's region there, then,
-// with release order, that slot's flag.
-extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
-    dispatch_send(const __grid_constant__ DispatchSendParams p) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    const Comm& comm = p.comm;
-    if (__syncthreads_or(timed_out(comm))) return;
-    const uint32_t epoch = comm.state->epoch;
-    if (p.after_route) {
-        bool came = true;
-        if (threadIdx.x < comm.num_ranks) {
-            const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.route_flags) + threadIdx.x;
-            came = wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
+// One lane's words of the metadata that follow a record, those of the next token read ahead: see
+// MetadataLayout in qcomm/records.py.
+class Metadata {
+  public:
+    __device__ __forceinline__ explicit Metadata(const DispatchSendParams& p) {
+#pragma unroll
+        for (int i = 0; i < kWordsPerLane; ++i) {
+            const int word = 32 * i + threadIdx.x % 32 - 1, field = word / kNumTopk, j = word % kNumTopk;
+            from_[i] = nullptr;
+            stride_[i] = kNumTopk * (field == 0 ? p.index_words : 1);
+            next_[i] = __float_as_int(1.0f);
+            if (p.index_words == 0 || word < 0 || word >= 3 * kNumTopk) continue;
+            if (field == 0) from_[i] = p.topk_idx + j * p.index_words;
+            if (field == 1) from_[i] = p.ordinals + j;
+            if (field == 2 && p.topk_weights != nullptr) from_[i] = p.topk_weights + j;
         }
-        if (!__syncthreads_and(came)) return;
     }
-    const Team team;
+
+    __device__ __forceinline__ void read(int token) {
+#pragma unroll
+        for (int i = 0; i < kWordsPerLane; ++i)
+            if (from_[i] != nullptr) next_[i] = from_[i][static_cast<int64_t>(token) * stride_[i]];
+    }
+
+    __device__ __forceinline__ void write(uint8_t* record, int token) const {
+#pragma unroll
+        for (int i = 0; i < kWordsPerLane; ++i) {
+            const int word = 32 * i + threadIdx.x % 32;
+            if (word < kMetadataWords)
+                reinterpret_cast<int32_t*>(record + kRecordBytes)[word] = word == 0 ? token : next_[i];
+        }
+    }
+
+  private:
+    const int32_t* from_[kWordsPerLane];
+    int32_t stride_[kWordsPerLane];
+    int32_t next_[kWordsPerLane];
+};
+
+// The warp that sends, each record once per destination rank.
+__device__ __forceinline__ void send_records(const DispatchSendParams& p, Outbox& outbox, uint8_t* shared) {
+    const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
-    Sender sender(team, shared, epoch);
+    const uint32_t epoch = comm.state->epoch;
+    // A lane's rank changes with the block and the token: were it the same for all, all ranks would send to
+    // one at a time, over its links alone.
+    const auto rank_of = [&](int token) { return (lane + token + token / gridDim.x) % comm.num_ranks; };
     const auto slot_of = [&](int token) {
         return lane < comm.num_ranks && token < p.num_tokens
-                   ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + lane]
+                   ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + rank_of(token)]
                    : -1;
     };
-    const auto write = [&](LaneVec in, int token, int vec) {
-        write_record(sender.stage(), encode_input(in, p.quantizer, token, vec), vec);
-    };
+    Metadata metadata(p);
+    int next_slot = slot_of(blockIdx.x);
+    if (blockIdx.x < p.num_tokens) metadata.read(blockIdx.x);
+    bool came = true;
+    if (p.index_words != 0 && lane < comm.num_ranks) {
+        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + lane;
+        came = wait_flag(comm, flag, epoch, lane, kPhaseRoute);
+    }
+    came = __all_sync(kAllLanes, came);
+    Sender sender(outbox, shared, epoch);
+    for (int token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
+        const int slot = next_slot, rank = rank_of(token), following = token + gridDim.x;
+        uint8_t* record = sender.next();
+        if (p.index_words != 0) {
+            metadata.write(record, token);
+            fence_proxy_async_shared();
+            __syncwarp();
+            if (following < p.num_tokens) metadata.read(following);
+        }
+        next_slot = slot_of(following);
+        uint8_t* destination = nullptr;
+        uint32_t* flag = nullptr;
+        if (slot >= 0 && came) {
+            const int64_t index = slot_index(comm, comm.rank, slot);
+            destination = region<uint8_t>(comm, rank, comm.dispatch_records) + index * kSlotBytes;
+            flag = region<uint32_t>(comm, rank, comm.dispatch_flags) + index;
+        }
+        sender.send(destination, flag, p.index_words != 0 ? kRecordBytes + kMetadataBytes : kRecordBytes);
+    }
+    sender.finish();
+}
 
-    int next_slot = slot_of(team.index);
+// Any grid; kWorkers warps and one that sends. Dynamic shared memory: kStages stages, 128-byte aligned. Reads
+// x once, the next token while one is encoded, and writes each record once per destination rank, itself
+// included: slot send_slot[token][rank] of this rank's region there, the record's metadata behind it unless
+// this is a replay; then, with release order, that slot's flag. After route, it waits until every rank has
+// begun the call.
+extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
+    dispatch_send(const __grid_constant__ DispatchSendParams p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ Outbox outbox;
+    if (threadIdx.x == 0) outbox.init();
+    if (__syncthreads_or(timed_out(p.comm))) return;
+    if (threadIdx.x >= 32 * kWorkers) {
+        send_records(p, outbox, shared);
+        return;
+    }
+
+    const Team team;
+    const auto write = [&](uint8_t* stage, LaneVec in, int token, int vec) {
+        write_record(stage, encode_input(in, p.quantizer, token, vec), vec);
+    };
     LaneVec next;
     if (kLoadsAhead && team.index < p.num_tokens) next = read_input(p, team.index, team.thread);
-    for (int token = team.index; token < p.num_tokens; token += team.count) {
-        const int slot = next_slot, following = token + team.count;
+    uint32_t n = team.number;
+    for (int token = team.index; token < p.num_tokens; token += team.count, n += kTeams) {
+        const int following = token + team.count;
         const LaneVec ahead = next;
-        next_slot = slot_of(following);
         if (kLoadsAhead && following < p.num_tokens) next = read_input(p, following, team.thread);
-        if (__all_sync(kAllLanes, slot < 0)) continue;
-        sender.begin(team);
+        outbox.read.wait_before(n);
+        uint8_t* stage = stage_of(shared, n);
         if constexpr (kLoadsAhead) {
-            write(ahead, token, team.thread);
+            write(stage, ahead, token, team.thread);
         } else {
 #pragma unroll 1
             for (int i = 0; i < kVecsPerThread; ++i)
-                write(read_input(p, token, team.vec(i)), token, team.vec(i));
+                write(stage, read_input(p, token, team.vec(i)), token, team.vec(i));
         }
-        uint8_t* destination = nullptr;
-        uint32_t* flag = nullptr;
-        if (slot >= 0) {
-            const int64_t index = slot_index(comm, comm.rank, slot);
-            destination = region<uint8_t>(comm, lane, comm.dispatch_records) + index * kRecordBytes;
-            flag = region<uint32_t>(comm, lane, comm.dispatch_flags) + index;
-        }
-        sender.send(team, destination, flag);
+        outbox.hand_over(n);
     }
-    sender.finish(team);
 }

@@ -27,8 +27,9 @@ struct HostReports {
 struct State {
     uint32_t epoch;
     uint32_t timed_out;
-    uint32_t route_blocks_done;
     int32_t bad_token;
+    int32_t padding;
+    uint64_t waited_ns[kMaxRanks];  // since the buffer was made or reset, for each peer to begin its calls
 };
 
 // Symmetric memory of every rank, and this rank's place. Offsets are in bytes from peer[r].
@@ -42,17 +43,16 @@ struct Comm {
     uint64_t barrier_flags;  // uint32 [num_ranks]
     uint64_t route_flags;    // uint32 [num_ranks]
     uint64_t counts;    // int32 [2][num_ranks][2 + num_local_experts]: bad token + 1, records, per expert
-    uint64_t metadata;  // int32 [2][num_ranks][max_tokens][metadata_words]
     uint64_t dispatch_flags;    // uint32 [num_ranks][max_tokens]
     uint64_t combine_flags;     // uint32 [num_ranks][max_tokens]
-    uint64_t dispatch_records;  // [num_ranks][max_tokens] records
+    uint64_t dispatch_records;  // [num_ranks][max_tokens] records, each with its metadata
     uint64_t combine_records;   // [num_ranks][max_tokens] records
     int32_t rank;
     int32_t num_ranks;
     int32_t max_tokens;
     int32_t num_experts;
     int32_t num_local_experts;
-    int32_t metadata_words;
+    int32_t padding;
 };
 
 static_assert(sizeof(Comm) == QCOMM_SIZEOF_COMM, "qcomm/transport/nvlink.py holds the same structure");
@@ -71,11 +71,4 @@ __device__ __forceinline__ int32_t* counts_of(const Comm& comm, int rank, uint32
     const int width = 2 + comm.num_local_experts;
     const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks + source;
     return region<int32_t>(comm, rank, comm.counts) + index * width;
-}
-
-__device__ __forceinline__ int32_t* metadata_of(const Comm& comm, int rank, uint32_t epoch, int source,
-                                                int slot) {
-    const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks * comm.max_tokens;
-    return region<int32_t>(comm, rank, comm.metadata) +
-           (index + slot_index(comm, source, slot)) * comm.metadata_words;
 }

@@ -103,6 +103,10 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
     return t;
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // Waits at barrier `id`, 1 to 15, for kThreads threads of the block.
 template <int kThreads>
 __device__ __forceinline__ void barrier_sync(int id) {
@@ -117,9 +121,8 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
 // Copies num_bytes (a multiple of 16) from shared to global memory, of this GPU or a peer; both 16-byte
 // aligned.
 __device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t num_bytes) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(address),
-                 "r"(num_bytes)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+                 "r"(shared_address(shared)), "r"(num_bytes)
                  : "memory");
 }
 
@@ -140,11 +143,53 @@ __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// A barrier in shared memory whose phase ends after `count` arrivals, and the bytes they expect.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+                 : "memory");
+}
+
+// Shows initialised barriers to bulk copies.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(num_bytes)
+                 : "memory");
+}
+
+// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Copies num_bytes (a multiple of 16) from global to shared memory, both 16-byte aligned; they count as
+// arrived at the barrier.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t num_bytes,
+                                          uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(num_bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
 // Copies 4 or 16 bytes, on such a boundary, from global to shared memory without waiting; zeros, and reads
 // nothing, if not `valid`.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const uint32_t address = shared_address(shared);
     const uint32_t num_bytes = valid ? kBytes : 0;
     if constexpr (kBytes == 16) {
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),

@@ -13,6 +13,8 @@ constexpr WireKind kWire = static_cast<WireKind>(QCOMM_WIRE);
 constexpr bool kHadamard = QCOMM_HADAMARD;
 constexpr bool kStochastic = QCOMM_STOCHASTIC;
 constexpr int kRecordBytes = QCOMM_RECORD_BYTES;
+constexpr int kMetadataBytes = QCOMM_METADATA_BYTES;  // behind a record of dispatch
+constexpr int kSlotBytes = QCOMM_SLOT_BYTES;
 constexpr int kScaleOffset = QCOMM_SCALE_OFFSET;
 constexpr int kNumVecs = kHidden / kVec;
 

@@ -3,6 +3,7 @@
 
 #include "record.cuh"
 
+constexpr int kTeams = QCOMM_TEAMS;  // of a block
 constexpr int kTeamWarps = QCOMM_TEAM_WARPS;
 constexpr int kTeamThreads = 32 * kTeamWarps;
 constexpr int kVecsPerThread = (kNumVecs + kTeamThreads - 1) / kTeamThreads;
@@ -18,10 +19,9 @@ struct Team {
     int thread;  // in the team
 
     __device__ __forceinline__ Team() {
-        const int per_block = blockDim.x / kTeamThreads;
         number = threadIdx.x / kTeamThreads;
         index = blockIdx.x + gridDim.x * number;
-        count = gridDim.x * per_block;
+        count = gridDim.x * kTeams;
         thread = threadIdx.x % kTeamThreads;
     }
 

@@ -50,3 +50,12 @@ __device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag
     load_acquire_sys(flag);
     return true;
 }
+
+// The same, for what only one thread of a call waits for: notes how long the peer kept this rank waiting.
+__device__ __forceinline__ bool wait_for_peer(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
+                                              Phase phase) {
+    const uint64_t start = global_timer_ns();
+    const bool came = wait_flag(comm, flag, expected, peer, phase);
+    comm.state->waited_ns[peer] += global_timer_ns() - start;
+    return came;
+}

@@ -11,6 +11,8 @@ from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WireKind
 
 RECORD_ALIGNMENT = 16
 """Bulk copies move multiples of 16 bytes between 16-byte boundaries."""
+SLOT_ALIGNMENT = 128
+"""NVLink and L2 move lines of 128 bytes; a record that begins amid one takes one more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +41,24 @@ class RecordLayout:
         """Bytes of the whole record."""
         return align(self.data_bytes + self.sf_bytes, RECORD_ALIGNMENT)
 
+    def slot_bytes(self, metadata: MetadataLayout | None = None) -> int:
+        """Return the bytes of its place in symmetric memory, with the metadata behind it if there are any."""
+        return align(self.num_bytes + (metadata.num_bytes if metadata else 0), SLOT_ALIGNMENT)
+
 
 @dataclasses.dataclass(frozen=True)
 class MetadataLayout:
     """The int32 words that describe one record: source token, then per top-k entry three words.
 
-    Entries whose expert does not live on the receiving rank have the local expert -1.
+    On the nvlink backend they are alike for all destinations, with global experts. On the collective backend experts
+    are the destination's local ones, and -1 in entries whose expert does not live there.
     """
 
     num_topk: int
 
     @property
     def expert(self) -> slice:
-        """Local expert ids."""
+        """Expert ids."""
         return slice(1, 1 + self.num_topk)
 
     @property
@@ -69,6 +76,11 @@ class MetadataLayout:
         """Words in all, padded to 16 bytes."""
         return align(1 + 3 * self.num_topk, 4)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+        return 4 * self.num_words
+
 
 def align(value: int, multiple: int) -> int:
     """Round up to a multiple."""
@@ -82,16 +94,15 @@ SYMMETRIC_ALIGNMENT = 256
 class SymmetricLayout:
     """Offsets of the parts of a rank's symmetric memory; the same on every rank.
 
-    Every part is indexed by source rank, so that no two ranks write one place. Counts and metadata exist twice, for
-    even and odd calls, because a rank may write the next call's while a peer still reads this one's.
+    Every part is indexed by source rank, so that no two ranks write one place. Counts exist twice, for even and odd
+    calls, because a rank may write the next call's while a peer still reads this one's.
     """
 
     num_ranks: int
     num_local_experts: int
     max_tokens: int
-    num_topk: int
-    dispatch_record_bytes: int
-    combine_record_bytes: int
+    dispatch_slot_bytes: int
+    combine_slot_bytes: int
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -101,11 +112,10 @@ class SymmetricLayout:
             "barrier_flags": 4 * self.num_ranks,
             "route_flags": 4 * self.num_ranks,
             "counts": 2 * 4 * self.num_ranks * (2 + self.num_local_experts),
-            "metadata": 2 * 4 * slots * MetadataLayout(self.num_topk).num_words,
             "dispatch_flags": 4 * slots,
             "combine_flags": 4 * slots,
-            "dispatch_records": slots * self.dispatch_record_bytes,
-            "combine_records": slots * self.combine_record_bytes,
+            "dispatch_records": slots * self.dispatch_slot_bytes,
+            "combine_records": slots * self.combine_slot_bytes,
         }
 
     @property

@@ -24,7 +24,7 @@ from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
-from qcomm.ops import codec, columnwise, combine, comm, dispatch, peer_store, route
+from qcomm.ops import codec, columnwise, combine, comm, dispatch, peer_store, place, route
 from qcomm.ops.catalog import all_specs, codec_specs
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
@@ -48,10 +48,11 @@ RESERVED_SHARED_BYTES = 1024
 SPILLS = {
     "dispatch_recv_columnwise bf16->fp8": (128, "four rows of 16 floats; spilling costs less than a second pass"),
     "dispatch_recv_columnwise rotated mxfp4->fp8": (128, "as on bf16, and the rotation's partners"),
-    "dispatch_recv fp8->fp8": (8, "48 registers leave room for a sender; loop variables spill"),
-    "dispatch_recv mxfp4->fp8": (8, "48 registers leave room for a sender; loop variables spill"),
+    "dispatch_recv fp8->fp8": (16, "48 registers leave room for a sender; loop variables spill"),
+    "dispatch_recv fp8->fp8 placing": (16, "48 registers leave room for a sender; loop variables spill"),
+    "dispatch_recv mxfp4->fp8 placing": (16, "48 registers leave room for a sender; loop variables spill"),
+    f"route 64-bit top-{comm.MAX_TOPK}": (32, "72 registers leave room for a receiver, 32 experts do not fit"),
     "dispatch_recv_columnwise_mxfp4 mxfp4->fp8": (32, "three tiles have 48 registers a thread; loop variables spill"),
-    f"route 64-bit top-{comm.MAX_TOPK}": (64, "56 registers leave room for a receiver, 32 experts do not fit"),
 }
 """Bytes a kernel may spill, and why; every other kernel may spill none."""
 
@@ -63,10 +64,11 @@ def label(spec: KernelSpec) -> str:
     if "WIRE" in c:
         wire = "rotated " * c["HADAMARD"] + "stochastic " * c["STOCHASTIC"] + WIRE_KINDS[c["WIRE"]]
         source = f"{WIRE_KINDS[c['INPUT']]}->" if "INPUT" in c else ""
-        wire += " by teams" * (spec.name == "combine_send" and c["STAGES"] > 1)
         words.append(source + wire + (f"->{WIRE_KINDS[c['RECV']]}" if "RECV" in c else ""))
+        words += ["placing"] * c.get("PLACES", 0)
     elif "NUM_TOPK" in c:
-        words.append(f"{8 * c['INDEX_BYTES']}-bit top-{c['NUM_TOPK']}")
+        words += [f"{8 * c['INDEX_BYTES']}-bit"] if "INDEX_BYTES" in c else []
+        words.append(f"top-{c['NUM_TOPK']}")
     return " ".join(words)
 
 
@@ -88,12 +90,13 @@ def test_every_kernel_is_listed_once() -> None:
         "barrier": 1,
         "peer_store": 1,
         "route": 2,
+        "count": 1,
         "place": 1,
         "dispatch_send": 3 + 2 + 1 + 3 * 2,  # three more variants of mxfp4, from bf16 and from fp8
-        "dispatch_recv": 3 * 3 + 3,
+        "dispatch_recv": 2 * (3 * 3 + 3),  # with and without placing
         "dispatch_recv_columnwise": 2 + 1,
         "dispatch_recv_columnwise_mxfp4": 1,
-        "combine_send": 2 * (3 + 3),  # for many records and for few
+        "combine_send": 3 + 3,
         "combine_recv": 3 + 1,
     }
 
@@ -205,18 +208,19 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
     kernels: Any = recorder
     launcher = comm.Launcher(kernels, comm.Comm(num_ranks=2, num_experts=256, num_local_experts=128), 132)
     handle = one_record(num_topk)
-    many = dataclasses.replace(handle, record_src_token=torch.zeros(8192, dtype=torch.int32))
     y = torch.zeros(128, hidden, dtype=torch.bfloat16)
     overflows = torch.zeros(2, dtype=torch.int64)
     comm.launch_barrier(launcher, 0, overflows)
     for dtype in (torch.int32, torch.int64):
         idx = torch.zeros(4096, num_topk, dtype=dtype)
-        route.launch_route(launcher, 0, idx, idx.float(), torch.zeros(4096, 2, dtype=torch.int32))
-    route.launch_place(launcher, 0, num_topk, route.PlaceParams())
+        route.launch_route(launcher, 0, idx, torch.zeros(4096, 2, dtype=torch.int32), idx)
+    placement = place.Placement()
+    place.launch_count(launcher, 0, num_topk, placement, None, 1)
+    place.launch_place(launcher, 0, num_topk, placement, WIRES[0], hidden)
     for wire in WIRES:
         for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
             if carries(wire, x, hidden):
-                dispatch.launch_send(launcher, 0, x, handle.send_slot, wire, 0, True)
+                dispatch.launch_send(launcher, 0, x, handle, None, wire, 0)
         for dtype_name in RECV_DTYPES:
             for by_column in (False, True) if dtype_name == "fp8" else (False,):
                 options = DispatchOptions(
@@ -231,9 +235,10 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
                     seed=0,
                     async_op=False,
                 )
-                dispatch.Receive(launcher, handle, options, hidden, overflows).launch(0, 128, 0)
-        for records in (handle, many):
-            combine.launch_send(launcher, 0, y, records, wire, True, 0)
+                for places in (False,) if by_column else (False, True):
+                    receive = dispatch.Receive(launcher, handle, placement, options, hidden, overflows, places=places)
+                    receive.launch(0, 128, 0)
+        combine.launch_send(launcher, 0, y, handle, wire, True, 0)
         combine.launch_recv(launcher, 0, handle, wire, hidden)
     return recorder.launches
 
@@ -280,7 +285,7 @@ def test_a_waiting_receiver_leaves_room_for_the_sender(
     shape: tuple[int, int], usage: dict[KernelSpec, ResourceUsage]
 ) -> None:
     together = list(pairs(launches(*shape)))
-    assert len({recv.spec for _, recv in together}) == 12 + 4 + 4
+    assert len({recv.spec for _, recv in together}) == 2 * 12 + 4 + 4
     for pair in together:
         assert_fit(pair, usage)
 
@@ -290,7 +295,7 @@ def test_a_waiting_receiver_leaves_room_for_another_buffers_call_to_begin(
     shape: tuple[int, int], usage: dict[KernelSpec, ResourceUsage]
 ) -> None:
     found = list(dict.fromkeys(launches(*shape)))
-    first = [launch for launch in found if launch.spec.name in ("barrier", "route", "place")]
+    first = [launch for launch in found if launch.spec.name in ("barrier", "route", "count")]
     assert len({launch.spec for launch in first}) == 4
     for receiver in (launch for launch in found if "_recv" in launch.spec.name):
         for launch in first:
@@ -308,7 +313,9 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "layout.cuh": (comm.Report, comm.HostReports, comm.State, comm.Comm),
     "quantize.cuh": (comm.Quantizer,),
     "barrier.cu": (comm.BarrierParams,),
-    "route.cu": (route.RouteParams, route.PlaceParams),
+    "route.cu": (route.RouteParams,),
+    "place.cuh": (place.Placement,),
+    "place.cu": (place.PlaceParams,),
     "dispatch_send.cu": (dispatch.DispatchSendParams,),
     "dispatch_recv.cuh": (dispatch.DispatchRecvParams,),
     "combine.cu": (combine.CombineSendParams, combine.CombineRecvParams),
@@ -346,24 +353,44 @@ def test_a_structure_of_another_size_does_not_compile() -> None:
         jit.compile_cubin(dataclasses.replace(spec, constants=tuple(constants.items())), ARCH)
 
 
-@pytest.mark.parametrize(
-    "budget", [dispatch._SEND, dispatch._RECV, dispatch._RECV_FLOATS, combine._SEND, combine._SEND_FEW]
-)
-@pytest.mark.parametrize("hidden", [128, 512, 1024, 2880 // 128 * 128, 4096, 7168, 7296, 8192, 16384, 24576, 40960])
-def test_teams(hidden: int, budget: comm.Budget) -> None:
+HIDDENS = [128, 512, 1024, 2880 // 128 * 128, 4096, 7168, 7296, 8192, 16384, 24576, 40960]
+
+
+def check_team(team: comm.Teams, hidden: int, budget: comm.Budget) -> None:
+    """No more warps than the record has work for, and none idle in every step but the last."""
     steps = -(-hidden // 512)
+    per_warp = -(-steps // team.warps)
+    assert team.warps == -(-steps // per_warp) <= budget.team_warps
+    assert team.warps * team.count <= budget.warps
+    assert 1 <= team.stages <= budget.stages
+
+
+@pytest.mark.parametrize("budget", [dispatch._RECV, dispatch._RECV_FLOATS])
+@pytest.mark.parametrize("hidden", HIDDENS)
+def test_recv_teams(hidden: int, budget: comm.Budget) -> None:
     for kind in WIRE_KINDS:
-        stage_bytes = RecordLayout(kind, hidden).num_bytes
-        shared = comm.teams(hidden, stage_bytes, budget)
-        # No more warps than the record has work for, and none idle in every step but the last.
-        per_warp = -(-steps // shared.warps)
-        assert shared.warps == -(-steps // per_warp) <= budget.team_warps
-        assert shared.warps * shared.count <= budget.warps
+        shared = comm.recv_teams(hidden, RecordLayout(kind, hidden).num_bytes, budget)
+        check_team(shared, hidden, budget)
         assert shared.warps == 1 or shared.count <= 15
-        assert 1 <= shared.stages <= budget.stages
         assert shared.count * shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
-    assert comm.teams(7168, 3808, dispatch._RECV) == comm.Teams(7, 3, 8, 3808)
-    assert comm.teams(40960, 81920, dispatch._SEND) == comm.Teams(14, 1, 1, 81920)
+    assert comm.recv_teams(7168, 3808, dispatch._RECV) == comm.Teams(7, 3, 8, 3808)
+
+
+@pytest.mark.parametrize(("budget", "chunks"), [(dispatch._SEND, 0), (combine._SEND, combine._MAX_CHUNKS)])
+@pytest.mark.parametrize("hidden", HIDDENS)
+def test_send_teams(hidden: int, budget: comm.Budget, chunks: int) -> None:
+    for kind in WIRE_KINDS:
+        shared = comm.send_teams(hidden, RecordLayout(kind, hidden).slot_bytes(), budget, chunks)
+        check_team(shared, hidden, budget)
+        # A team that waits for a stage that another one holds must not hold one that it waits for.
+        assert shared.count <= shared.stages
+        assert shared.helpers == (2 if chunks else 1)
+        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 512
+        assert shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
+        assert (1 if chunks else 0) <= shared.chunks <= chunks
+    assert comm.send_teams(7168, 3968, dispatch._SEND) == comm.Teams(14, 1, 12, 3968, 0, 1)
+    assert comm.send_teams(40960, 81920, dispatch._SEND) == comm.Teams(14, 1, 1, 81920, 0, 1)
+    assert comm.send_teams(7168, 14336, combine._SEND, 12) == comm.Teams(14, 1, 4, 14336, 8, 2)
 
 
 def test_recv_stage_bytes() -> None:
@@ -376,7 +403,7 @@ def test_recv_stage_bytes() -> None:
 
 
 def test_route_chunk() -> None:
-    assert [route.route_chunk(n) for n in (0, 1, 32, 33, 4096, 4097, 8192)] == [32, 32, 32, 32, 32, 64, 64]
+    assert [route.route_chunk(n) for n in (0, 1, 2048, 2049, 4096, 4097, 8192)] == [32, 32, 32, 64, 64, 96, 128]
     for num_tokens in range(0, 100_000, 97):
         chunk = route.route_chunk(num_tokens)
         assert chunk % 32 == 0
@@ -386,17 +413,16 @@ def test_route_chunk() -> None:
 @pytest.mark.parametrize(
     ("layout", "static", "want"),
     [
-        ("expert_major", False, -1),
-        ("expert_major", True, -1),
-        ("token_major", False, 0),
-        ("token_major", True, 0),
-        ("batched", False, 96),
-        ("batched", True, 0),
+        ("expert_major", False, True),
+        ("expert_major", True, True),
+        ("token_major", False, False),
+        ("token_major", True, False),
+        ("batched", False, True),
+        ("batched", True, False),
     ],
 )
-def test_padded_rows(layout: Any, static: bool, want: int) -> None:
-    handle = dataclasses.replace(one_record(1), recv_layout=layout, static=static)
-    assert dispatch.padded_rows(handle, 96) == want
+def test_pads(layout: Any, static: bool, want: bool) -> None:
+    assert dispatch.pads(dataclasses.replace(one_record(1), recv_layout=layout, static=static)) == want
 
 
 def test_options_that_do_not_change_a_kernel_make_no_new_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -13,14 +14,15 @@ from qcomm.records import SYMMETRIC_ALIGNMENT, MetadataLayout, RecordLayout, Sym
 
 REPO = Path(__file__).resolve().parents[1]
 PRECISIONS = {"": WirePrecision(), "paper": WirePrecision.paper(), "aggressive": WirePrecision.aggressive()}
+OPS: dict[Literal["dispatch", "combine"], MetadataLayout | None] = {"dispatch": MetadataLayout(8), "combine": None}
 
 
 def layout(precision: WirePrecision, *, ranks: int = 4, tokens: int = 4096, hidden: int = 7168) -> SymmetricLayout:
-    largest = {
-        op: max(RecordLayout(precision.leg(op, backward).kind, hidden).num_bytes for backward in (False, True))
-        for op in ("dispatch", "combine")
-    }
-    return SymmetricLayout(ranks, 256 // ranks, tokens, 8, largest["dispatch"], largest["combine"])
+    largest = [
+        max(RecordLayout(precision.leg(op, backward).kind, hidden).slot_bytes(words) for backward in (False, True))
+        for op, words in OPS.items()
+    ]
+    return SymmetricLayout(ranks, 256 // ranks, tokens, *largest)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=["default", "paper", "aggressive"])
@@ -43,8 +45,18 @@ def test_parts_follow_each_other(ranks: int, tokens: int, precision: WirePrecisi
 def test_little_beside_the_records(ranks: int, tokens: int, precision: WirePrecision) -> None:
     made = layout(precision, ranks=ranks, tokens=tokens)
     records = made.sizes["dispatch_records"] + made.sizes["combine_records"]
-    assert records == ranks * tokens * (made.dispatch_record_bytes + made.combine_record_bytes)
+    assert records == ranks * tokens * (made.dispatch_slot_bytes + made.combine_slot_bytes)
     assert records < made.num_bytes < 1.02 * records
+    # Of what it must hold, metadata, flags, counts and alignment are little.
+    held = (
+        ranks
+        * tokens
+        * sum(
+            max(RecordLayout(precision.leg(op, backward).kind, 7168).num_bytes for backward in (False, True))
+            for op in ("dispatch", "combine")
+        )
+    )
+    assert made.num_bytes < 1.05 * held
 
 
 def test_a_slot_of_a_source_is_its_own() -> None:
@@ -53,8 +65,8 @@ def test_a_slot_of_a_source_is_its_own() -> None:
     words = MetadataLayout(8)
     assert words.num_words % 4 == 0
     assert words.num_words >= 1 + 3 * 8
+    assert made.dispatch_slot_bytes >= 14336 + words.num_bytes
     # Twice, for even and odd calls.
-    assert made.sizes["metadata"] == 2 * slots * 4 * words.num_words
     assert made.sizes["counts"] == 2 * made.num_ranks * 4 * (2 + made.num_local_experts)
     assert made.sizes["dispatch_flags"] == made.sizes["combine_flags"] == 4 * slots
 
@@ -66,5 +78,5 @@ def test_the_design_states_the_size() -> None:
         call = f"WirePrecision.{name}()" if name else "WirePrecision()"
         (row,) = re.findall(rf"^\| `{re.escape(call)}` [^|]*\|(.*)\|$", text, re.MULTILINE)
         mib = f"{made.num_bytes / 2**20:.1f} MiB"
-        want = [str(made.dispatch_record_bytes), str(made.combine_record_bytes), mib]
+        want = [str(made.dispatch_slot_bytes), str(made.combine_slot_bytes), mib]
         assert [cell.strip() for cell in row.split("|")] == want

@@ -90,7 +90,7 @@ def test_obstacles(found: list[select._Seat], want: str | None) -> None:
         ({}, 17, "ranks of at most 16, got 17"),
         ({"num_topk": 33}, 4, "num_topk of at most 32, got 33"),
         ({"hidden": 41088}, 4, "hidden of at most 40960, got 41088"),
-        ({"num_max_tokens_per_rank": 1 << 20}, 4, "num_experts 272 and num_max_tokens_per_rank 1048576 need 283728"),
+        ({"num_max_tokens_per_rank": 1 << 20}, 4, "num_experts 272 and num_max_tokens_per_rank 1048576 need 566352"),
     ],
 )
 def test_limits(changes: dict[str, int], num_ranks: int, want: str | None) -> None:

@@ -32,6 +32,7 @@ from qcomm.ops.fp8_transpose import fp8_transpose_spec
 from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8_spec
 from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise_spec
 from qcomm.ops.peer_store import peer_store_spec
+from qcomm.ops.place import place_spec
 from qcomm.ops.quantize_mxfp4 import SOURCES, quantize_mxfp4_spec
 from qcomm.ops.route import route_spec
 from qcomm.reference import check_quantizer
@@ -42,14 +43,18 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
     specs = [
         barrier_spec(),
         peer_store_spec(),
-        *(route_spec("route", num_topk, index_bytes) for index_bytes in (4, 8)),
-        route_spec("place", num_topk, 8),
+        *(route_spec(num_topk, index_bytes) for index_bytes in (4, 8)),
+        *(place_spec(name, num_topk) for name in ("count", "place")),
     ]
     for wire in _wires():
-        specs += (send_spec(kind, encoding(wire, kind), hidden) for kind in _inputs(wire))
-        specs += (recv_spec(dtype, False, decoding(wire), hidden) for dtype in RECV_DTYPES)
-        specs.append(recv_spec("fp8", True, decoding(wire), hidden))
-        specs += (combine_spec("combine_send", encoding(wire, "bf16"), hidden, few) for few in (False, True))
+        specs += (send_spec(kind, encoding(wire, kind), hidden, num_topk) for kind in _inputs(wire))
+        specs += (
+            recv_spec(dtype, False, decoding(wire), hidden, num_topk, places)
+            for dtype in RECV_DTYPES
+            for places in (False, True)
+        )
+        specs.append(recv_spec("fp8", True, decoding(wire), hidden, num_topk))
+        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden))
         specs.append(combine_spec("combine_recv", decoding(wire), hidden))
     return list(dict.fromkeys(specs))
 

@@ -18,16 +18,14 @@ from qcomm.ops.comm import (
     decoding,
     encoding,
     pointer,
-    send_stage_bytes,
+    send_teams,
     spec,
-    teams,
     wire_constants,
 )
+from qcomm.records import RecordLayout
 
-_SEND = Budget(warps=12, team_warps=1, registers=80, shared_bytes=172 * 1024, stages=1)
-_SEND_FEW = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=3)
-"""Where records are few, and what counts is how long one takes."""
-_FEW_RECORDS_PER_SM = 8
+_SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
+_MAX_CHUNKS = 12
 
 
 class CombineSendParams(ctypes.Structure):
@@ -56,16 +54,18 @@ class CombineRecvParams(ctypes.Structure):
     )
 
 
-def combine_spec(name: str, wire: WireFormat, hidden: int, few: bool = False) -> KernelSpec:
-    """Build the spec of `combine_send`, for few records or many, or of `combine_recv`."""
-    budget = _SEND_FEW if few else _SEND
+def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
+    """Build the spec of `combine_send` or `combine_recv`."""
+    sharing = _send_teams(wire, hidden)
     return spec(
         "combine",
         name,
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         recv_threads=_recv_threads(wire),
-        **send_teams(wire, hidden, few).constants(budget),
+        chunks=sharing.chunks,
+        chunk_bytes=sharing.chunk_bytes,
+        **sharing.constants(_SEND),
         **wire_constants(wire, hidden),
     )
 
@@ -75,14 +75,9 @@ def _recv_threads(wire: WireFormat) -> int:
     return 256 if wire.hadamard else 384
 
 
-def send_teams(wire: WireFormat, hidden: int, few: bool) -> Teams:
+def _send_teams(wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `combine_send`."""
-    return teams(hidden, send_stage_bytes(wire, hidden), _SEND_FEW if few else _SEND)
-
-
-def are_few(num_records: int, num_sms: int) -> bool:
-    """Tell whether a team of warps for each record is faster than a warp."""
-    return num_records <= _FEW_RECORDS_PER_SM * num_sms
+    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(), _SEND, _MAX_CHUNKS)
 
 
 def launch_send(
@@ -106,9 +101,8 @@ def launch_send(
         Quantizer.of(wire, seed, 0),
         handle.record_rows.shape[1],
     )
-    few = are_few(handle.record_src_token.shape[0], launcher.num_sms)
-    sharing = send_teams(wire, hidden, few)
-    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden, few)
+    sharing = _send_teams(wire, hidden)
+    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
     kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from qcomm.formats import RECV_LAYOUTS, WIRE_KINDS, Rounding, WireFormat
 from qcomm.jit import KernelLoader, KernelSpec
-from qcomm.records import RecordLayout
+from qcomm.records import MetadataLayout, RecordLayout
 
 MAX_RANKS = 16
 MAX_TOPK = 32
@@ -49,8 +49,9 @@ class State(ctypes.Structure):
     _fields_ = (
         ("epoch", ctypes.c_uint32),
         ("timed_out", ctypes.c_uint32),
-        ("route_blocks_done", ctypes.c_uint32),
         ("bad_token", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+        ("waited_ns", ctypes.c_uint64 * MAX_RANKS),
     )
 
 
@@ -67,7 +68,6 @@ class Comm(ctypes.Structure):
         ("barrier_flags", ctypes.c_uint64),
         ("route_flags", ctypes.c_uint64),
         ("counts", ctypes.c_uint64),
-        ("metadata", ctypes.c_uint64),
         ("dispatch_flags", ctypes.c_uint64),
         ("combine_flags", ctypes.c_uint64),
         ("dispatch_records", ctypes.c_uint64),
@@ -77,7 +77,7 @@ class Comm(ctypes.Structure):
         ("max_tokens", ctypes.c_int32),
         ("num_experts", ctypes.c_int32),
         ("num_local_experts", ctypes.c_int32),
-        ("metadata_words", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
     )
 
 
@@ -126,8 +126,8 @@ def spec(file: str, name: str, **constants: int) -> KernelSpec:
     return KernelSpec.of(file, name, **common, **constants)
 
 
-def wire_constants(wire: WireFormat, hidden: int) -> dict[str, int]:
-    """Return the constants of kernels that read or write records."""
+def wire_constants(wire: WireFormat, hidden: int, metadata: MetadataLayout | None = None) -> dict[str, int]:
+    """Return the constants of kernels that read or write records, those of dispatch with metadata."""
     layout = RecordLayout(wire.kind, hidden)
     return {
         "hidden": hidden,
@@ -135,6 +135,8 @@ def wire_constants(wire: WireFormat, hidden: int) -> dict[str, int]:
         "hadamard": wire.hadamard,
         "stochastic": wire.rounding is Rounding.STOCHASTIC,
         "record_bytes": layout.num_bytes,
+        "metadata_bytes": metadata.num_bytes if metadata else 0,
+        "slot_bytes": layout.slot_bytes(metadata),
         "scale_offset": layout.data_bytes,
     }
 
@@ -155,59 +157,11 @@ def launch_barrier(launcher: Launcher, stream: int, overflows: torch.Tensor | No
     launcher.kernels.get(barrier_spec).launch(1, 32, 0, stream, params)
 
 
-@dataclasses.dataclass(frozen=True)
-class Teams:
-    """How the warps of a block share its work: `count` teams of `warps`, each with a ring of `stages`.
-
-    A warp holds 512 elements of a record at a time. The budgets of a send and a receive kernel together fit one SM, so
-    that neither can keep the other out.
-    """
-
-    warps: int
-    count: int
-    stages: int
-    stage_bytes: int
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps * self.count
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
-        return self.count * self.stages * self.stage_bytes
-
-    def constants(self, budget: Budget) -> dict[str, int]:
-        """Return the constants that the kernel sees."""
-        return {
-            "team_warps": self.warps,
-            "stages": self.stages,
-            "stage_bytes": self.stage_bytes,
-            "max_registers": budget.registers,
-        }
-
-
-def send_stage_bytes(wire: WireFormat, hidden: int) -> int:
-    """Return the shared memory that holds a record to send and the addresses of its flags."""
-    return RecordLayout(wire.kind, hidden).num_bytes + 8 * MAX_RANKS
-
-
-def teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
-    """Divide a block's warps into teams, as many as the budget has room for."""
-    steps = -(-hidden // _WARP_ELEMENTS)
-    warps = -(-steps // -(-steps // budget.team_warps))
-    least = min(2, budget.stages)
-    most = budget.warps // warps if warps == 1 else min(_MAX_TEAMS, budget.warps // warps)
-    count = max(1, min(most, budget.shared_bytes // (least * stage_bytes)))
-    stages = max(1, min(budget.stages, budget.shared_bytes // (count * stage_bytes)))
-    return Teams(warps, count, stages, stage_bytes)
-
-
 class Budget(NamedTuple):
-    """What a kernel may take of an SM: warps, those of one team, registers a thread, shared memory, and stages a team.
+    """What a kernel may take of an SM: warps, those of one team, registers a thread, shared memory, and stages.
 
-    An SM has 65,536 registers in four parts, over which a block's warps are spread, so 14 warps take as many as 16.
+    The budgets of a send and a receive kernel together fit one SM, so that neither can keep the other out. An SM has
+    65,536 registers in four parts, over which a block's warps are spread, so 14 warps take as many as 16.
     """
 
     warps: int
@@ -215,6 +169,81 @@ class Budget(NamedTuple):
     registers: int
     shared_bytes: int
     stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Teams:
+    """How the warps of a block share its work: `count` teams of `warps`, and what they stage in shared memory.
+
+    A warp holds 512 elements of a record at a time.
+
+    Attributes:
+        stages: records staged, of a team or, where a warp sends for all teams, of the block.
+        chunks: pieces of rows that a warp loads ahead, of the block.
+        helpers: warps besides the teams', which load or send.
+    """
+
+    warps: int
+    count: int
+    stages: int
+    stage_bytes: int
+    chunks: int = 0
+    helpers: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (self.warps * self.count + self.helpers)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the BF16 elements that a team holds at a time."""
+        return 2 * _WARP_ELEMENTS * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        rings = 1 if self.helpers else self.count
+        return rings * self.stages * self.stage_bytes + self.chunks * self.chunk_bytes
+
+    def constants(self, budget: Budget) -> dict[str, int]:
+        """Return the constants that the kernel sees."""
+        return {
+            "teams": self.count,
+            "team_warps": self.warps,
+            "stages": self.stages,
+            "stage_bytes": self.stage_bytes,
+            "max_registers": budget.registers,
+        }
+
+
+def recv_teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
+    """Divide a receiving block's warps into teams, as many as there is room for, each with stages of its own."""
+    warps = _team_warps(hidden, budget)
+    most = budget.warps // warps if warps == 1 else min(_MAX_TEAMS, budget.warps // warps)
+    count = max(1, min(most, budget.shared_bytes // (min(2, budget.stages) * stage_bytes)))
+    stages = max(1, min(budget.stages, budget.shared_bytes // (count * stage_bytes)))
+    return Teams(warps, count, stages, stage_bytes)
+
+
+def send_teams(hidden: int, stage_bytes: int, budget: Budget, max_chunks: int = 0) -> Teams:
+    """Divide a sending block's warps into teams that share the stages; one warp sends, one loads chunks, if any.
+
+    Where there are chunks, stages take at most a third of the shared memory.
+    """
+    warps = _team_warps(hidden, budget)
+    loads = min(1, max_chunks)
+    room = budget.shared_bytes // (1 + 2 * loads)
+    stages = max(1, min(budget.stages, room // stage_bytes))
+    shape = Teams(warps, max(1, min(stages, budget.warps // warps)), stages, stage_bytes, 0, 1 + loads)
+    chunks = min(max_chunks, (budget.shared_bytes - shape.shared_bytes) // shape.chunk_bytes)
+    return dataclasses.replace(shape, chunks=chunks)
+
+
+def _team_warps(hidden: int, budget: Budget) -> int:
+    """Return the warps of a team: as few as the steps that a record takes leave none idle."""
+    steps = -(-hidden // _WARP_ELEMENTS)
+    return -(-steps // -(-steps // budget.team_warps))
 
 
 def encoding(wire: WireFormat, input_kind: str) -> WireFormat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -20,12 +21,13 @@ from qcomm.ops.comm import (
     decoding,
     encoding,
     pointer,
-    send_stage_bytes,
+    recv_teams,
+    send_teams,
     spec,
-    teams,
     wire_constants,
 )
-from qcomm.records import RECORD_ALIGNMENT, align
+from qcomm.ops.place import Placement
+from qcomm.records import RECORD_ALIGNMENT, MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 _COLUMNWISE_THREADS = 256
@@ -56,11 +58,14 @@ class DispatchSendParams(ctypes.Structure):
         ("x", ctypes.c_uint64),
         ("sf", ctypes.c_uint64),
         ("send_slot", ctypes.c_uint64),
+        ("topk_idx", ctypes.c_uint64),
+        ("ordinals", ctypes.c_uint64),
+        ("topk_weights", ctypes.c_uint64),
         ("sf_row_stride", ctypes.c_int64),
         ("sf_group_stride", ctypes.c_int64),
         ("quantizer", Quantizer),
         ("num_tokens", ctypes.c_int32),
-        ("after_route", ctypes.c_int32),
+        ("index_words", ctypes.c_int32),
     )
 
 
@@ -69,43 +74,41 @@ class DispatchRecvParams(ctypes.Structure):
 
     _fields_ = (
         ("comm", Comm),
-        ("recv_offsets", ctypes.c_uint64),
-        ("record_rows", ctypes.c_uint64),
-        ("row_record", ctypes.c_uint64),
-        ("group_offsets", ctypes.c_uint64),
+        ("placement", Placement),
         ("x", ctypes.c_uint64),
         ("sf", ctypes.c_uint64),
-        ("overflows", ctypes.c_uint64),
         ("x_columnwise", ctypes.c_uint64),
         ("sf_columnwise", ctypes.c_uint64),
         ("sf_expert_stride", ctypes.c_int64),
         ("sf_row_stride", ctypes.c_int64),
         ("sf_group_stride", ctypes.c_int64),
         ("quantizer", Quantizer),
-        ("width", ctypes.c_int32),
         ("rows_per_expert", ctypes.c_int32),
-        ("padded_rows", ctypes.c_int32),
+        ("pads", ctypes.c_int32),
         ("num_rows", ctypes.c_int32),
         ("sf_together", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
     )
 
 
-def send_spec(input_kind: str, wire: WireFormat, hidden: int) -> KernelSpec:
+def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int) -> KernelSpec:
     """Build the spec of `dispatch_send` for an input of kind bf16, fp8 or mxfp4."""
     return spec(
         "dispatch_send",
         "dispatch_send",
         input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
+        num_topk=num_topk,
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
-        **send_teams(wire, hidden).constants(_SEND),
-        **wire_constants(wire, hidden),
+        **_send_teams(wire, hidden, num_topk).constants(_SEND),
+        **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
 
 
-def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) -> KernelSpec:
-    """Build the spec of the receive kernel."""
-    name, sharing = "dispatch_recv", recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
+def recv_spec(
+    recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int, num_topk: int, places: bool = False
+) -> KernelSpec:
+    """Build the spec of the receive kernel; one that `places` also gives the records their rows."""
+    name, sharing = "dispatch_recv", _recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
+    sharing["places"] = int(places)
     if columnwise:
         name, sharing = "dispatch_recv_columnwise", {}
         if _by_tiles(wire):
@@ -120,9 +123,10 @@ def recv_spec(recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int) 
         name,
         name,
         recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
+        num_topk=num_topk,
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         **sharing,
-        **wire_constants(wire, hidden),
+        **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
 
 
@@ -131,14 +135,14 @@ def _by_tiles(wire: WireFormat) -> bool:
     return wire.kind == "mxfp4" and not wire.hadamard
 
 
-def send_teams(wire: WireFormat, hidden: int) -> Teams:
+def _send_teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block of `dispatch_send`."""
-    return teams(hidden, send_stage_bytes(wire, hidden), _SEND)
+    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk)), _SEND)
 
 
-def recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
+def _recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `dispatch_recv`."""
-    return teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
+    return recv_teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
 
 
 def _recv_budget(recv_dtype: str, wire: WireFormat) -> Budget:
@@ -153,16 +157,29 @@ def recv_stage_bytes(recv_dtype: str, hidden: int) -> int:
     return align(row_bytes + scale_bytes, RECORD_ALIGNMENT)
 
 
+class Routing(NamedTuple):
+    """What the sender of a routed dispatch says of its tokens.
+
+    Attributes:
+        topk_idx, topk_weights: as given to dispatch.
+        ordinals: `[num_tokens, num_topk]` int32, see `route`.
+    """
+
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
+    ordinals: torch.Tensor
+
+
 def launch_send(
     launcher: Launcher,
     stream: int,
     x: WireInput,
-    send_slot: torch.Tensor,
+    handle: DispatchHandle,
+    routing: Routing | None,
     wire: WireFormat,
     seed: int,
-    after_route: bool,
 ) -> None:
-    """Encode every token and copy its record to its ranks."""
+    """Encode every token and copy its record to its ranks, with its metadata unless this is a replay."""
     num_tokens, hidden = x.shape
     if not num_tokens:
         return
@@ -172,19 +189,24 @@ def launch_send(
     elif isinstance(x, MXFP4Tensor):
         data, sf, kind = x.qdata, x.sf, "mxfp4"
     assert isinstance(data, torch.Tensor)
-    strides = (sf.stride(0), sf.stride(1)) if sf is not None else (0, 0)
+    num_topk = handle.record_topk_idx.shape[1]
     params = DispatchSendParams(
-        launcher.comm,
-        data.data_ptr(),
-        pointer(sf),
-        send_slot.data_ptr(),
-        *strides,
-        Quantizer.of(wire, seed, launcher.comm.rank),
-        num_tokens,
-        int(after_route),
+        comm=launcher.comm,
+        x=data.data_ptr(),
+        sf=pointer(sf),
+        send_slot=handle.send_slot.data_ptr(),
+        quantizer=Quantizer.of(wire, seed, launcher.comm.rank),
+        num_tokens=num_tokens,
     )
-    sharing = send_teams(wire, hidden)
-    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden)
+    if sf is not None:
+        params.sf_row_stride, params.sf_group_stride = sf.stride()
+    if routing is not None:
+        params.topk_idx = routing.topk_idx.data_ptr()
+        params.index_words = routing.topk_idx.element_size() // 4
+        params.ordinals = routing.ordinals.data_ptr()
+        params.topk_weights = pointer(routing.topk_weights)
+    sharing = _send_teams(wire, hidden, num_topk)
+    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, num_topk)
     kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 
@@ -194,8 +216,10 @@ class Receive:
     Args:
         launcher: kernels and symmetric memory.
         handle: where records go; may be longer than the result.
+        placement: of the handle.
         options: the call's options.
         hidden: elements in a token.
+        places: whether the receive also fills the handle.
         overflows: `[2]` int64, which the call zeroes on the stream first.
     """
 
@@ -203,28 +227,26 @@ class Receive:
         self,
         launcher: Launcher,
         handle: DispatchHandle,
+        placement: Placement,
         options: DispatchOptions,
         hidden: int,
         overflows: torch.Tensor,
+        *,
+        places: bool,
     ) -> None:
-        self._handle, self._options, self._hidden, self._overflows = handle, options, hidden, overflows
+        self._launcher, self._handle, self._options = launcher, handle, options
+        self._hidden, self._overflows, self._places = hidden, overflows, places
         self._params = DispatchRecvParams(
             comm=launcher.comm,
-            recv_offsets=handle.recv_offsets.data_ptr(),
-            record_rows=handle.record_rows.data_ptr(),
-            row_record=handle.row_record.data_ptr(),
-            group_offsets=pointer(handle.group_offsets),
-            overflows=overflows.data_ptr(),
+            placement=placement,
             quantizer=Quantizer.of(WireFormat("mxfp4"), 0, 0),
-            width=handle.record_rows.shape[1],
         )
         wire = decoding(options.wire)
-        self._kernel = launcher.kernels.get(recv_spec, options.recv_dtype, options.columnwise, wire, hidden)
-        self._grid, self._threads, self._shared_bytes = launcher.num_sms, _COLUMNWISE_THREADS, 0
+        self._threads, self._shared_bytes = _COLUMNWISE_THREADS, 0
         if options.columnwise and _by_tiles(wire):
             self._threads, self._shared_bytes = _TILES * _COLUMNWISE_THREADS, _TILES * TILE_SHARED_BYTES
         elif not options.columnwise:
-            sharing = recv_teams(options.recv_dtype, wire, hidden)
+            sharing = _recv_teams(options.recv_dtype, wire, hidden)
             self._threads, self._shared_bytes = sharing.threads, sharing.shared_bytes
 
     @property
@@ -237,6 +259,7 @@ class Receive:
     def launch_again(self, stream: int, num_rows: int) -> Payload:
         """Launch once more, for a result that turned out longer than what was launched."""
         self._overflows.zero_()
+        self._places = False
         return self.launch(stream, num_rows, 0)
 
     def launch(self, stream: int, num_rows: int, rows_per_expert: int) -> Payload:
@@ -267,9 +290,13 @@ class Receive:
         params.x, params.sf = x.data_ptr(), pointer(sf)
         params.sf_together = int(sf is not None and sf.is_contiguous() and params.sf_group_stride <= 1)
         params.rows_per_expert = rows_per_expert
-        params.padded_rows = padded_rows(self._handle, num_rows)
+        params.pads = int(pads(self._handle))
         params.num_rows = num_rows
-        self._kernel.launch(self._grid, self._threads, self._shared_bytes, stream, params)
+        options, num_topk = self._options, self._handle.record_topk_idx.shape[1]
+        kernel = self._launcher.kernels.get(
+            recv_spec, options.recv_dtype, options.columnwise, decoding(options.wire), hidden, num_topk, self._places
+        )
+        kernel.launch(self._launcher.num_sms, self._threads, self._shared_bytes, stream, params)
         return Payload(x, sf, x_columnwise, sf_columnwise, self._overflows)
 
 
@@ -279,8 +306,6 @@ def cut(payload: Payload, num_rows: int) -> Payload:
     return dataclasses.replace(payload, x=payload.x[:num_rows], sf=sf)
 
 
-def padded_rows(handle: DispatchHandle, num_rows: int) -> int:
-    """Return the rows whose padding the receive kernel zeroes: -1 for those below the last group's end."""
-    if handle.recv_layout == "expert_major":
-        return -1
-    return num_rows if handle.recv_layout == "batched" and not handle.static else 0
+def pads(handle: DispatchHandle) -> bool:
+    """Whether the receive kernel zeroes the padding rows of groups."""
+    return handle.recv_layout == "expert_major" or (handle.recv_layout == "batched" and not handle.static)

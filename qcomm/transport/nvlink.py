@@ -2,7 +2,7 @@
 
 A call takes two streams. The caller's (or, for async calls, the communication stream) routes and receives; a second
 one sends, so that records leave while the host still learns how large the result is. Every call begins with an
-exchange among all ranks (route and place, or a barrier), after which every rank has finished its earlier calls; so no
+exchange among all ranks (route and count, or a barrier), after which every rank has finished its earlier calls; so no
 slot is overwritten while a peer reads it.
 """
 
@@ -28,7 +28,7 @@ from qcomm.exchange import DispatchOptions, Payload, WireInput
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.jit import KernelLoader
-from qcomm.ops import combine, dispatch, route
+from qcomm.ops import combine, dispatch, place, route
 from qcomm.ops.comm import (
     BAD_ROUTE,
     MAX_RANKS,
@@ -39,9 +39,9 @@ from qcomm.ops.comm import (
     Report,
     State,
     launch_barrier,
-    pointer,
 )
-from qcomm.ops.dispatch import Receive
+from qcomm.ops.dispatch import Receive, Routing
+from qcomm.ops.place import Placement
 from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import dropped_token_error, overflow_error, peer_routing_error, received, routing_error
@@ -76,10 +76,10 @@ class NvlinkTransport:
         with torch.cuda.device(member.device):
             self._memory = allocate(provider, self._layout.num_bytes, member)
             self._state = torch.zeros(ctypes.sizeof(State), dtype=torch.uint8, device=member.device)
-            chunk_words = 1 + config.num_experts + member.num_ranks
+            chunk_words = 1 + route.num_keys(config.num_experts, member.num_ranks)
             self._chunks = torch.zeros(route.MAX_CHUNKS * chunk_words, dtype=torch.int32, device=member.device)
             self._reports = torch.zeros(ctypes.sizeof(HostReports), dtype=torch.uint8, pin_memory=True)
-            host_words = route.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
+            host_words = place.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
             self._host = torch.zeros(host_words, dtype=torch.int32, pin_memory=True)
         self._host_view = self._host.numpy()
         self._reports_view = HostReports.from_address(self._reports.data_ptr())
@@ -103,12 +103,18 @@ class NvlinkTransport:
         hidden = self._config.hidden
         with self._call(options.async_op, x, topk_idx, topk_weights) as call:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
-            draft = self._draft(topk_idx, topk_weights, options)
-            route.launch_route(self._launcher, call.stream, topk_idx, topk_weights, draft.send_slot)
+            draft, ordinals, source_starts = self._draft(topk_idx, topk_weights, options)
+            placement = Placement.of(draft, source_starts, overflows)
+            route.launch_route(self._launcher, call.stream, topk_idx, draft.send_slot, ordinals)
             with call.sending() as stream:
-                dispatch.launch_send(self._launcher, stream, x, draft.send_slot, options.wire, options.seed, True)
-            self._launch_place(call.stream, draft, options, overflows)
-            receive = Receive(self._launcher, draft, options, hidden, overflows)
+                routing = Routing(topk_idx, topk_weights, ordinals)
+                dispatch.launch_send(self._launcher, stream, x, draft, routing, options.wire, options.seed)
+            self._launch_count(call.stream, placement, options)
+            if options.columnwise:
+                place.launch_place(self._launcher, call.stream, self._config.num_topk, placement, options.wire, hidden)
+            receive = Receive(
+                self._launcher, draft, placement, options, hidden, overflows, places=not options.columnwise
+            )
             if options.static:
                 handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
             else:
@@ -123,8 +129,9 @@ class NvlinkTransport:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
             launch_barrier(self._launcher, call.stream, overflows)
             with call.sending() as stream:
-                dispatch.launch_send(self._launcher, stream, x, handle.send_slot, options.wire, options.seed, False)
-            receive = Receive(self._launcher, handle, options, self._config.hidden, overflows)
+                dispatch.launch_send(self._launcher, stream, x, handle, None, options.wire, options.seed)
+            placement = Placement.of(handle, None, overflows)
+            receive = Receive(self._launcher, handle, placement, options, self._config.hidden, overflows, places=False)
             payload = receive.launch(call.stream, handle.num_rows, handle.rows_per_expert)
             result = received(payload, handle, options)
             call.keep(result)
@@ -201,14 +208,17 @@ class NvlinkTransport:
             max_tokens=config.num_max_tokens_per_rank,
             num_experts=config.num_experts,
             num_local_experts=layout.num_local_experts,
-            metadata_words=MetadataLayout(config.num_topk).num_words,
             **layout.offsets,
         )
 
     def _draft(
         self, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
-    ) -> DispatchHandle:
-        """Allocate a handle of worst-case length, in one piece of memory."""
+    ) -> tuple[DispatchHandle, torch.Tensor, torch.Tensor]:
+        """Allocate a handle of worst-case length, and what else routing writes, in one piece of memory.
+
+        Returns:
+            The handle; `ordinals` of `route`; `source_starts` of `count`.
+        """
         config, num_ranks, num_local = self._config, self._member.num_ranks, self._layout.num_local_experts
         num_tokens, num_topk = topk_idx.shape
         num_records = num_ranks * config.num_max_tokens_per_rank
@@ -219,6 +229,8 @@ class NvlinkTransport:
             "row_weights": (0 if by_token else rows,),
             "row_record": (rows,),
             "send_slot": (num_tokens, num_ranks),
+            "ordinals": (num_tokens, num_topk),
+            "source_starts": (num_ranks, num_local),
             "recv_offsets": (num_ranks + 1,),
             "record_src_token": (num_records,),
             "record_topk_idx": (num_records, num_topk),
@@ -232,7 +244,8 @@ class NvlinkTransport:
         parts = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
         row_weights, group_offsets = parts.pop("row_weights"), parts.pop("group_offsets")
         record_topk_weights = parts.pop("record_topk_weights").view(torch.float32)
-        return DispatchHandle(
+        ordinals, source_starts = parts.pop("ordinals"), parts.pop("source_starts")
+        handle = DispatchHandle(
             owner=self._owner,
             num_tokens=num_tokens,
             recv_layout=options.recv_layout,
@@ -249,33 +262,12 @@ class NvlinkTransport:
             recv_counts=None,
             **parts,
         )
+        return handle, ordinals, source_starts
 
-    def _launch_place(
-        self, stream: int, draft: DispatchHandle, options: DispatchOptions, overflows: torch.Tensor
-    ) -> None:
+    def _launch_count(self, stream: int, placement: Placement, options: DispatchOptions) -> None:
         self._sequence += 1
-        params = route.PlaceParams(
-            self._launcher.comm,
-            draft.recv_offsets.data_ptr(),
-            draft.record_src_token.data_ptr(),
-            draft.record_topk_idx.data_ptr(),
-            draft.record_topk_weights.data_ptr(),
-            draft.record_rows.data_ptr(),
-            draft.row_record.data_ptr(),
-            draft.row_src.data_ptr(),
-            pointer(draft.row_weights),
-            draft.num_tokens_per_expert.data_ptr(),
-            pointer(draft.group_offsets),
-            overflows.data_ptr(),
-            0 if options.static else self._host.data_ptr(),
-            self._sequence,
-            draft.num_rows,
-            draft.rows_per_expert if options.static else 0,
-            options.alignment,
-            route.layout_number(options.recv_layout),
-            int(options.static),
-        )
-        route.launch_place(self._launcher, stream, self._config.num_topk, params)
+        host = None if options.static else self._host
+        place.launch_count(self._launcher, stream, self._config.num_topk, placement, host, self._sequence)
 
     def _receive_counted(
         self, call: _Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
@@ -307,23 +299,23 @@ class NvlinkTransport:
         placed = torch.cuda.Event()
         placed.record()
         spins = 0
-        while host[route.HOST_SEQUENCE] != self._sequence:
+        while host[place.HOST_SEQUENCE] != self._sequence:
             spins += 1
             if spins % _SPINS_PER_QUERY == 0:
                 placed.query()  # the kernels end by their deadline; a broken CUDA context raises here
-        if not host[route.HOST_READY]:
+        if not host[place.HOST_READY]:
             while not self._reports_view.timeout.code:
                 pass
             raise self._timeout_error(self._reports_view.timeout)
-        bad_rank, bad_token = int(host[route.HOST_BAD_RANK]), int(host[route.HOST_BAD_TOKEN])
+        bad_rank, bad_token = int(host[place.HOST_BAD_RANK]), int(host[place.HOST_BAD_TOKEN])
         if bad_rank == member.rank:
             raise routing_error(member.rank, bad_token, topk_idx[bad_token].tolist(), self._config.num_experts)
         if bad_rank >= 0:
             raise peer_routing_error(member.rank, bad_rank, bad_token)
-        first = route.HOST_FIXED + member.num_ranks + 1
-        offsets = host[route.HOST_FIXED : first].tolist()
+        first = place.HOST_FIXED + member.num_ranks + 1
+        offsets = host[place.HOST_FIXED : first].tolist()
         per_expert = tuple(host[first:].tolist())
-        rows = (int(host[route.HOST_ROWS]), int(host[route.HOST_ROWS_PER_EXPERT]))
+        rows = (int(host[place.HOST_ROWS]), int(host[place.HOST_ROWS_PER_EXPERT]))
         return _Counts(offsets, per_expert, rows)
 
     def _timeout_error(self, report: Report) -> QcommTimeoutError:
@@ -425,15 +417,14 @@ def _check_addresses(x: WireInput) -> None:
 
 
 def _symmetric_layout(config: BufferConfig, member: Member) -> SymmetricLayout:
-    def largest(op: str) -> int:
+    def largest(op: str, metadata: MetadataLayout | None) -> int:
         legs = (config.precision.leg(op, backward) for backward in (False, True))  # type: ignore[arg-type]
-        return max(RecordLayout(leg.kind, config.hidden).num_bytes for leg in legs)
+        return max(RecordLayout(leg.kind, config.hidden).slot_bytes(metadata) for leg in legs)
 
     return SymmetricLayout(
         num_ranks=member.num_ranks,
         num_local_experts=config.num_experts // member.num_ranks,
         max_tokens=config.num_max_tokens_per_rank,
-        num_topk=config.num_topk,
-        dispatch_record_bytes=largest("dispatch"),
-        combine_record_bytes=largest("combine"),
+        dispatch_slot_bytes=largest("dispatch", MetadataLayout(config.num_topk)),
+        combine_slot_bytes=largest("combine", None),
     )
