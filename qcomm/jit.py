@@ -25,7 +25,6 @@ from qcomm import resources
 from qcomm.errors import QcommUnsupportedError
 
 CACHE_VARIABLE = "QCOMM_CACHE_DIR"
-_MAX_STATIC_SHARED_BYTES = 48 * 1024
 _MAX_CARVEOUT = 100
 _IMPORTS = threading.Lock()
 """cuda-core cannot be imported by two threads at once."""
@@ -142,12 +141,13 @@ class Kernel:
         if waits:
             function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
-        self._shared_bytes = _MAX_STATIC_SHARED_BYTES
+        self._shared_bytes = 0
 
     def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
         from cuda.bindings import driver
 
+        # Also below the 48 KiB that need no permission, because those count what the kernel itself declares.
         if shared_bytes > self._shared_bytes:
             self._function.max_dynamic_shared_size_bytes = self._shared_bytes = shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))

@@ -62,7 +62,7 @@ class Placement(ctypes.Structure):
             row_src=handle.row_src.data_ptr(),
             row_weights=pointer(handle.row_weights),
             capacity=handle.num_rows,
-            rows_per_expert=handle.rows_per_expert,
+            rows_per_expert=handle.rows_per_expert if handle.static else 0,
             alignment=handle.alignment,
             layout=[*RECV_LAYOUTS].index(handle.recv_layout),
             is_static=int(handle.static),
