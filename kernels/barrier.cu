@@ -14,8 +14,8 @@ extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     const Comm& comm = p.comm;
     const int peer = threadIdx.x;
     const uint32_t epoch = comm.state->epoch + 1;
+    announce(comm, epoch);
     if (peer < comm.num_ranks) {
-        store_release_sys(region<uint32_t>(comm, peer, comm.barrier_flags) + comm.rank, epoch);
         wait_for_peer(comm, region<uint32_t>(comm, comm.rank, comm.barrier_flags) + peer, epoch, peer,
                       kPhaseBarrier);
     }

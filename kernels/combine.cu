@@ -1,5 +1,6 @@
 // Combine: combine_send sums each record's rows and sends the sum to the token's rank; combine_recv adds the
-// sums of each token by rank. Float32, every product and every sum rounded; the order of addition is fixed.
+// sums of each token by rank; combine_decode does both, for few tokens. Float32, every product and every sum
+// rounded; the order of addition is fixed.
 #include "sender.cuh"
 #include "wait.cuh"
 
@@ -194,52 +195,49 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
     }
 }
 
-// Any grid; kWorkers warps, one that loads and one that sends. Dynamic shared memory: kChunks chunks, then
-// kStages stages, 128-byte aligned: bulk copies that begin amid a line are slow. Reads each row of y once and writes each record once: the dispatch's slot
-// of this rank's region at the source, then, with release order, that slot's flag.
-extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
-    combine_send(const __grid_constant__ CombineSendParams p) {
-    extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ SumBoard board;
-    const Comm& comm = p.comm;
-    if (threadIdx.x == 0) {
-        board.outbox.init();
-        board.told.init(1);
-        board.loaded.init(1);
-        board.summed.init(kTeamWarps);
-        fence_mbarrier_init();
+// The warps that send: a lane has the one destination of each record.
+__device__ __forceinline__ void send_sums(uint32_t epoch, int num_records, SumBoard& board, uint8_t* stages) {
+    Sender sender(board.outbox, stages, epoch);
+    for (uint32_t n = sender.number(); n < num_records; n += kSenders) {
+        board.told.wait(n);
+        const Item& item = board.items[n % kStages];
+        const bool sends = threadIdx.x % 32 == 0;
+        sender.next();
+        sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, kRecordBytes);
     }
-    if (__syncthreads_or(timed_out(comm))) return;
+    sender.finish();
+}
+
+// All warps of a block of sender's, by their roles.
+__device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, uint32_t epoch, SumBoard& board,
+                                                uint8_t* shared) {
     const BlockRecords records(p);
     const int num_records = records.count();
     uint8_t* stages = shared + kChunks * kChunkBytes;
-    const int role = threadIdx.x / 32 - kWorkers;
+    const int role = static_cast<int>(threadIdx.x / 32) - kWorkers;
     if (role < 0) {
         sum_rows(p, num_records, board, stages, shared);
     } else if (role == 0) {
         load_rows(p, records, num_records, board, shared);
     } else {
-        Sender sender(board.outbox, stages, comm.state->epoch);
-        for (int n = 0; n < num_records; ++n) {
-            board.told.wait(n);
-            const Item& item = board.items[n % kStages];
-            const bool sends = threadIdx.x % 32 == 0;
-            sender.next();
-            sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, kRecordBytes);
-        }
-        sender.finish();
+        send_sums(epoch, num_records, board, stages);
     }
 }
 
-// Any grid, QCOMM_RECV_THREADS threads; warps take parts of tokens in turn. A warp waits for the flags of the
-// ranks a token went to, and reads its part of each of their records once.
-extern "C" __global__ void __launch_bounds__(QCOMM_RECV_THREADS)
-    combine_recv(const __grid_constant__ CombineRecvParams p) {
+__device__ __forceinline__ void init(SumBoard& board) {
+    board.outbox.init();
+    board.told.init(1);
+    board.loaded.init(1);
+    board.summed.init(kTeamWarps);
+    fence_mbarrier_init();
+}
+
+// Warps take parts of tokens in turn. A warp waits for the flags of the ranks a token went to, and reads its
+// part of each of their records once.
+__device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t epoch) {
     const Comm& comm = p.comm;
-    if (timed_out(comm)) return;
     const int lane = threadIdx.x % 32;
     const int warp = blockIdx.x + gridDim.x * (threadIdx.x / 32), num_warps = gridDim.x * (blockDim.x / 32);
-    const uint32_t epoch = comm.state->epoch;
     const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.combine_records);
     const auto slot_of = [&](int part) {
         const int token = part / kPartsPerToken;
@@ -292,4 +290,56 @@ extern "C" __global__ void __launch_bounds__(QCOMM_RECV_THREADS)
             write_data<kBf16>(p.out + static_cast<int64_t>(token) * (2 * kHidden), vec, out);
         }
     }
+}
+
+// Any grid; kWorkers warps, one that loads and kSenders that send. Dynamic shared memory: kChunks chunks,
+// then kStages stages, 128-byte aligned: bulk copies that begin amid a line are slow. Reads each row of y
+// once and writes each record once: the dispatch's slot of this rank's region at the source, then, with
+// release order, that slot's flag.
+extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
+    combine_send(const __grid_constant__ CombineSendParams p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ SumBoard board;
+    if (threadIdx.x == 0) init(board);
+    if (__syncthreads_or(timed_out(p.comm))) return;
+    reduce_and_send(p, p.comm.state->epoch, board, shared);
+}
+
+// Any grid, QCOMM_RECV_THREADS threads.
+extern "C" __global__ void __launch_bounds__(QCOMM_RECV_THREADS)
+    combine_recv(const __grid_constant__ CombineRecvParams p) {
+    if (timed_out(p.comm)) return;
+    add_sums(p, p.comm.state->epoch);
+}
+
+struct CombineDecodeParams {
+    CombineSendParams send;
+    CombineRecvParams recv;
+};
+
+static_assert(sizeof(CombineDecodeParams) == QCOMM_SIZEOF_COMBINE_DECODE,
+              "qcomm/ops/combine.py holds the same");
+
+// A barrier, then what combine_send and combine_recv do, by one kernel: for few tokens, where what counts is
+// how long one takes. Any grid whose blocks are on the GPU at the same time; block and dynamic shared memory
+// of combine_send. Counts the call in state->epoch.
+extern "C" __global__ void __maxnreg__(QCOMM_DECODE_REGISTERS)
+    combine_decode(const __grid_constant__ CombineDecodeParams p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ SumBoard board;
+    const Comm& comm = p.send.comm;
+    const uint32_t epoch = comm.state->epoch + 1;
+    if (threadIdx.x == 0) init(board);
+    if (blockIdx.x == 0) announce(comm, epoch);
+    bool came = true;
+    if (threadIdx.x < comm.num_ranks && !timed_out(comm)) {
+        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + threadIdx.x;
+        came = blockIdx.x == 0 ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseBarrier)
+                               : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseBarrier);
+    }
+    if (__syncthreads_and(came)) {
+        reduce_and_send(p.send, epoch, board, shared);
+        add_sums(p.recv, epoch);
+    }
+    end_call(comm, epoch);
 }

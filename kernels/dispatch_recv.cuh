@@ -7,8 +7,8 @@
 struct DispatchRecvParams {
     Comm comm;
     Placement placement;
-    uint8_t* x;                    // out [rows] of kHidden E4M3, bf16 or packed E2M1
-    uint8_t* sf;                   // out, fp8: float32 with the strides below; mxfp4: [rows, kHidden / 32]
+    uint8_t* x;                // out [rows] of kHidden E4M3, bf16 or packed E2M1
+    uint8_t* sf;               // out, fp8: float32 with the strides below; mxfp4: [rows, kHidden / 32]
     uint8_t* x_columnwise;     // out [rows * kHidden] E4M3
     float* sf_columnwise;      // out [rows / 128, kHidden]
     int64_t sf_expert_stride;  // elements, for the "batched" layout

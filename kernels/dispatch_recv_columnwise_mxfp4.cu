@@ -48,8 +48,7 @@ __device__ __forceinline__ void gather_tile(const DispatchRecvParams& p, TileSha
 #pragma unroll
     for (int part = 0; part < kTileRows / kPassRows; ++part) {
         const int row = part * kPassRows + pass_row, index = shared.records[row];
-        const uint8_t* from =
-            records + static_cast<int64_t>(max(index, 0)) * kSlotBytes + first_byte + byte;
+        const uint8_t* from = records + static_cast<int64_t>(max(index, 0)) * kSlotBytes + first_byte + byte;
         copy_async<16>(shared.stage.at(part, row, byte), from, inside && index >= 0);
     }
     constexpr int kScaleRows = kThreads / kScaleWords;

@@ -5,6 +5,7 @@
 #include "ptx.cuh"
 
 constexpr int kMaxRanks = QCOMM_MAX_RANKS;
+constexpr int kNoBadToken = 0x7fffffff;
 
 enum WireKind { kBf16 = QCOMM_BF16, kFp8 = QCOMM_FP8, kMxfp4 = QCOMM_MXFP4 };
 
@@ -28,7 +29,7 @@ struct State {
     uint32_t epoch;
     uint32_t timed_out;
     int32_t bad_token;
-    int32_t padding;
+    uint32_t blocks_done;
     uint64_t waited_ns[kMaxRanks];  // since the buffer was made or reset, for each peer to begin its calls
 };
 
@@ -42,7 +43,7 @@ struct Comm {
     uint64_t deadline_ns;
     uint64_t barrier_flags;  // uint32 [num_ranks]
     uint64_t route_flags;    // uint32 [num_ranks]
-    uint64_t counts;    // int32 [2][num_ranks][2 + num_local_experts]: bad token + 1, records, per expert
+    uint64_t counts;  // int32 [2][num_ranks][2 + num_local_experts]: bad token + 1, records, per expert
     uint64_t dispatch_flags;    // uint32 [num_ranks][max_tokens]
     uint64_t combine_flags;     // uint32 [num_ranks][max_tokens]
     uint64_t dispatch_records;  // [num_ranks][max_tokens] records, each with its metadata

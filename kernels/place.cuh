@@ -1,9 +1,8 @@
 // Giving a record its rows: by expert, then source rank, then source token.
 #pragma once
 
+#include "topk.cuh"
 #include "wait.cuh"
-
-constexpr int kNumTopk = QCOMM_NUM_TOPK;
 
 enum RecvLayout {
     kExpertMajor = QCOMM_EXPERT_MAJOR,
@@ -56,8 +55,8 @@ __device__ __forceinline__ RecordEntry read_entry(const Comm& comm, const uint8_
 }
 
 // The row of this lane's entry of a record, -1 for none or where there is no room.
-__device__ __forceinline__ int row_of(const Comm& comm, const Placement& p, const RecordEntry& entry, int source,
-                                      int record) {
+__device__ __forceinline__ int row_of(const Comm& comm, const Placement& p, const RecordEntry& entry,
+                                      int source, int record) {
     if (p.layout == kTokenMajor) return threadIdx.x % 32 == 0 && record < p.capacity ? record : -1;
     if (entry.expert < 0) return -1;
     const int row = p.source_starts[source * comm.num_local_experts + entry.expert] + entry.ordinal;
@@ -65,8 +64,8 @@ __device__ __forceinline__ int row_of(const Comm& comm, const Placement& p, cons
 }
 
 // Notes where a record is and goes. Call from all lanes of one warp.
-__device__ __forceinline__ void note_record(const Placement& p, const RecordEntry& entry, int source, int record,
-                                            int row) {
+__device__ __forceinline__ void note_record(const Placement& p, const RecordEntry& entry, int source,
+                                            int record, int row) {
     const int lane = threadIdx.x % 32;
     const int64_t index = static_cast<int64_t>(record) * kNumTopk + lane;
     if (lane < kNumTopk) {

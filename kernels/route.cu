@@ -1,13 +1,5 @@
 // Routing: where each token goes. No atomic decides an order.
-#include "wait.cuh"
-
-constexpr int kNumTopk = QCOMM_NUM_TOPK;
-
-#if QCOMM_INDEX_BYTES == 8
-using Index = int64_t;
-#else
-using Index = int32_t;
-#endif
+#include "route.cuh"
 
 struct RouteParams {
     Comm comm;
@@ -26,42 +18,12 @@ __host__ __device__ constexpr int whole_loads(int num_keys) {
     return (num_keys + kKeysPerLoad - 1) / kKeysPerLoad * kKeysPerLoad;
 }
 
-// Loads a token's experts; a token that names one out of range, or one twice, goes nowhere and is reported as
-// bad.
-__device__ __forceinline__ bool load_experts(const RouteParams& p, int token, int (&experts)[kNumTopk]) {
-    bool bad = false;
-#pragma unroll
-    for (int j = 0; j < kNumTopk; ++j) {
-        const Index id = p.topk_idx[static_cast<int64_t>(token) * kNumTopk + j];
-        bad |= id < -1 || id >= p.comm.num_experts;
-        experts[j] = static_cast<int>(id);
-#pragma unroll
-        for (int i = 0; i < j; ++i)
-            bad |= experts[i] == experts[j] && experts[j] >= 0;
-    }
-    if (bad) {
-#pragma unroll
-        for (int j = 0; j < kNumTopk; ++j)
-            experts[j] = -1;
-    }
-    return bad;
-}
-
-__device__ __forceinline__ uint32_t ranks_of(const Comm& comm, const int (&experts)[kNumTopk]) {
-    uint32_t ranks = 0;
-#pragma unroll
-    for (int j = 0; j < kNumTopk; ++j) {
-        if (experts[j] >= 0) ranks |= 1u << (experts[j] / comm.num_local_experts);
-    }
-    return ranks;
-}
-
-// Tells the peers that this call has begun; numbers each token within its destination ranks and its experts, in
-// token order, and writes this rank's counts to the peers. Counts the call in state->epoch.
+// Tells the peers that this call has begun; numbers each token within its destination ranks and its experts,
+// in token order, and writes this rank's counts to the peers. Counts the call in state->epoch.
 //
 // Grid ceil(num_tokens / chunk), at least 1 and at most QCOMM_MAX_CHUNKS; any block of whole warps. Dynamic
-// shared memory, for num_keys = num_experts + num_ranks rounded up to 4: num_keys * (1 + chunk / 32) words: how
-// many earlier tokens go to each expert and rank, then for each a bitmap of the chunk's tokens. A block
+// shared memory, for num_keys = num_experts + num_ranks rounded up to 4: num_keys * (1 + chunk / 32) words:
+// how many earlier tokens go to each expert and rank, then for each a bitmap of the chunk's tokens. A block
 // publishes its chunk's counts and adds up those of the chunks before it; blocks start in order, so it waits
 // only for blocks that run. The last block, which thereby knows the totals, raises this rank's route flag in
 // every peer.
@@ -71,41 +33,22 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
     const int num_keys = whole_loads(comm.num_experts + comm.num_ranks);
     const int words = p.chunk / 32;
     uint32_t* before = shared;
-    uint32_t* bitmap = shared + num_keys;
     const int begin = blockIdx.x * p.chunk;
     const int end = min(begin + p.chunk, p.num_tokens);
     const uint32_t epoch = comm.state->epoch + 1;
     const bool is_last = blockIdx.x == gridDim.x - 1;
-    if (blockIdx.x == 0 && threadIdx.x < comm.num_ranks) {
-        store_release_sys(region<uint32_t>(comm, threadIdx.x, comm.barrier_flags) + comm.rank, epoch);
-    }
+    const RouteMap map = {comm, shared + num_keys, words, begin};
+    if (blockIdx.x == 0) announce(comm, epoch);
 
     for (int i = threadIdx.x; i < num_keys * (1 + words); i += blockDim.x)
         shared[i] = 0;
     __syncthreads();
-    for (int token = begin + threadIdx.x; token < end; token += blockDim.x) {
-        int experts[kNumTopk];
-        if (load_experts(p, token, experts)) atomicMin(&comm.state->bad_token, token);
-        const int word = (token - begin) / 32;
-        const uint32_t bit = 1u << ((token - begin) % 32);
-#pragma unroll
-        for (int j = 0; j < kNumTopk; ++j) {
-            if (experts[j] >= 0) atomicOr(bitmap + experts[j] * words + word, bit);
-        }
-        for (uint32_t ranks = ranks_of(comm, experts); ranks != 0; ranks &= ranks - 1) {
-            atomicOr(bitmap + (comm.num_experts + __ffs(ranks) - 1) * words + word, bit);
-        }
-    }
+    const int first_bad = map.fill(p.topk_idx, end);
+    if (first_bad != kNoBadToken) atomicMin(&comm.state->bad_token, first_bad);
     __syncthreads();
-    const auto in_chunk = [&](int key) {
-        uint32_t count = 0;
-        for (int w = 0; w < words; ++w)
-            count += __popc(bitmap[key * words + w]);
-        return count;
-    };
     if (!is_last) {
         for (int key = threadIdx.x; key < num_keys; key += blockDim.x)
-            comm.chunk_counts[blockIdx.x * num_keys + key] = in_chunk(key);
+            comm.chunk_counts[blockIdx.x * num_keys + key] = map.count(key);
         __syncthreads();
         if (threadIdx.x == 0) store_release_gpu(comm.chunk_flags + blockIdx.x, epoch);
     }
@@ -135,38 +78,18 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
     __syncthreads();
 
     if (is_last) {
-        for (int key = threadIdx.x; key < comm.num_experts + comm.num_ranks; key += blockDim.x) {
-            const int total = before[key] + in_chunk(key);
-            if (key < comm.num_experts) {
-                const int rank = key / comm.num_local_experts;
-                counts_of(comm, rank, epoch, comm.rank)[2 + key % comm.num_local_experts] = total;
-            } else {
-                counts_of(comm, key - comm.num_experts, epoch, comm.rank)[1] = total;
-            }
-        }
-        if (threadIdx.x < comm.num_ranks) {
-            const int bad = *reinterpret_cast<volatile int32_t*>(&comm.state->bad_token);
-            counts_of(comm, threadIdx.x, epoch, comm.rank)[0] = bad < p.num_tokens ? bad + 1 : 0;
-        }
-        __syncthreads();
-        if (threadIdx.x < comm.num_ranks) {
-            store_release_sys(region<uint32_t>(comm, threadIdx.x, comm.route_flags) + comm.rank, epoch);
-        }
+        const int bad = *reinterpret_cast<volatile int32_t*>(&comm.state->bad_token);
+        publish_counts(comm, epoch, bad,
+                       [&](int key) { return static_cast<int>(before[key]) + map.count(key); });
         if (threadIdx.x == 0) {
-            comm.state->bad_token = 0x7fffffff;
+            comm.state->bad_token = kNoBadToken;
             comm.state->epoch = epoch;
         }
     }
 
-    // How many tokens before `token` go to a key, -1 if this one does not.
     const auto number = [&](int key, int token) {
-        const int word = (token - begin) / 32, bit = (token - begin) % 32;
-        const uint32_t* row = bitmap + key * words;
-        if ((row[word] >> bit & 1) == 0) return -1;
-        uint32_t n = before[key];
-        for (int w = 0; w < word; ++w)
-            n += __popc(row[w]);
-        return static_cast<int>(n + __popc(row[word] & ((1u << bit) - 1)));
+        const int n = map.number(key, token);
+        return n < 0 ? -1 : n + static_cast<int>(before[key]);
     };
     const int num_slots = (end - begin) * comm.num_ranks, num_entries = (end - begin) * kNumTopk;
     for (int i = threadIdx.x; i < num_slots + num_entries; i += blockDim.x) {

@@ -1,49 +1,24 @@
-// Sending a block's records: warps that work write them into stages in shared memory, and one warp that does
-// nothing else sends them, so that nobody waits for a copy to complete but that one.
+// Sending a block's records: warps that work write them into stages in shared memory, and warps that do
+// nothing else send them, so that nobody else waits for a copy to complete.
 #pragma once
 
+#include "signals.cuh"
 #include "team.cuh"
 
 constexpr int kWorkers = kTeams * kTeamWarps;
-static_assert(kSlotBytes == QCOMM_STAGE_BYTES && kSlotBytes >= kRecordBytes + kMetadataBytes,
-              "qcomm/records.py computes the same");
-
-// A ring of barriers in shared memory; use number n of the ring takes barrier n % kCount.
-template <int kCount>
-struct Signals {
-    uint64_t barriers[kCount];
-
-    // Call from one thread, then meet the others.
-    __device__ __forceinline__ void init(uint32_t arrivals) {
-        for (int i = 0; i < kCount; ++i)
-            mbarrier_init(barriers + i, arrivals);
-    }
-
-    __device__ __forceinline__ uint64_t* of(uint32_t n) { return barriers + n % kCount; }
-
-    // A warp says that what it has read or written is done.
-    __device__ __forceinline__ void arrive(uint32_t n) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(of(n));
-    }
-
-    // Waits for use number n.
-    __device__ __forceinline__ void wait(uint32_t n) { mbarrier_wait(of(n), n / kCount & 1); }
-
-    // Waits for the use before n, which there is not in the first round.
-    __device__ __forceinline__ void wait_before(uint32_t n) { mbarrier_wait(of(n), n / kCount & 1 ^ 1); }
-};
+constexpr int kSenders = QCOMM_SENDERS;
+static_assert(kSlotBytes >= kRecordBytes + kMetadataBytes, "qcomm/records.py computes the same");
 
 // What the roles of a block share, in shared memory, besides the stages. Record number n of the block takes
 // stage n % kStages and is made by team n % kTeams.
 struct Outbox {
-    // Records whose flags are to be raised: their copies take 5 to 10 us to complete under load. Flags are
-    // raised a few at a time behind one fence.
-    static constexpr uint32_t kInFlight = 16, kEvery = 4;
+    // Records of a sending warp whose copies are under way. Few are enough for the links, and the more there
+    // are, the later the receiver hears of each. Flags are raised by so many behind one fence.
+    static constexpr uint32_t kInFlight = QCOMM_IN_FLIGHT, kEvery = QCOMM_FLAGS_TOGETHER;
 
     Signals<kStages> written;  // by the team's warps
     Signals<kStages> read;     // by the sender: the stage may be written again
-    uint32_t* flags[kInFlight][kMaxRanks];
+    uint32_t* flags[kSenders][kInFlight][kMaxRanks];
 
     __device__ __forceinline__ void init() {
         written.init(kTeamWarps);
@@ -61,26 +36,29 @@ __device__ __forceinline__ uint8_t* stage_of(uint8_t* shared, uint32_t n) {
     return shared + n % kStages * kSlotBytes;
 }
 
-// The warp that sends. A lane below kMaxRanks has one destination of each record.
+// A warp that sends every kSenders-th record; these are the last warps of a block. A lane below kMaxRanks has
+// one destination of each record.
 class Sender {
   public:
     __device__ __forceinline__ Sender(Outbox& outbox, uint8_t* shared, uint32_t epoch)
         : outbox_(outbox), shared_(shared), epoch_(epoch) {}
 
+    // 0 to kSenders - 1.
+    __device__ __forceinline__ int number() const { return number_; }
+
     // Returns the stage of the next record once it is written.
     __device__ __forceinline__ uint8_t* next() {
-        outbox_.written.wait(sent_);
-        return stage_of(shared_, sent_);
+        outbox_.written.wait(record());
+        return stage_of(shared_, record());
     }
 
     // Sends it; null for no destination.
     __device__ __forceinline__ void send(uint8_t* destination, uint32_t* flag, uint32_t num_bytes) {
-        if (destination != nullptr) bulk_store(destination, stage_of(shared_, sent_), num_bytes);
+        if (destination != nullptr) bulk_store(destination, stage_of(shared_, record()), num_bytes);
         bulk_commit();
-        if (lane_ < kMaxRanks)
-            outbox_.flags[sent_ % Outbox::kInFlight][lane_] = destination == nullptr ? nullptr : flag;
+        if (lane_ < kMaxRanks) flag_of(sent_) = destination == nullptr ? nullptr : flag;
         bulk_wait_read<kUnread>();
-        if (sent_ >= kUnread) outbox_.read.arrive(sent_ - kUnread);
+        if (sent_ >= kUnread) outbox_.read.arrive(record() - kUnread * kSenders);
         if (++sent_ % Outbox::kEvery == 0) raise<Outbox::kInFlight - Outbox::kEvery>();
     }
 
@@ -89,7 +67,13 @@ class Sender {
 
   private:
     // Records that may not have been read from their stages yet when the next is sent.
-    static constexpr int kUnread = kStages / 2;
+    static constexpr int kUnread = kStages / (2 * kSenders);
+
+    __device__ __forceinline__ uint32_t record() const { return sent_ * kSenders + number_; }
+
+    __device__ __forceinline__ uint32_t*& flag_of(uint32_t sent) {
+        return outbox_.flags[number_][sent % Outbox::kInFlight][lane_];
+    }
 
     // Waits for all but kLeft of the copies and raises the flags of those.
     template <int kLeft>
@@ -99,7 +83,7 @@ class Sender {
         fence_sys();
         for (; static_cast<int32_t>(sent_ - kLeft - raised_) > 0; ++raised_) {
             if (lane_ >= kMaxRanks) continue;
-            uint32_t* flag = outbox_.flags[raised_ % Outbox::kInFlight][lane_];
+            uint32_t* flag = flag_of(raised_);
             if (flag != nullptr) store_relaxed_sys(flag, epoch_);
         }
     }
@@ -110,4 +94,5 @@ class Sender {
     uint32_t sent_ = 0;
     uint32_t raised_ = 0;
     const int lane_ = threadIdx.x % 32;
+    const int number_ = kSenders - (blockDim.x - threadIdx.x + 31) / 32;
 };

@@ -52,10 +52,29 @@ __device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag
 }
 
 // The same, for what only one thread of a call waits for: notes how long the peer kept this rank waiting.
-__device__ __forceinline__ bool wait_for_peer(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
-                                              Phase phase) {
+__device__ __forceinline__ bool wait_for_peer(const Comm& comm, const uint32_t* flag, uint32_t expected,
+                                              int peer, Phase phase) {
     const uint64_t start = global_timer_ns();
     const bool came = wait_flag(comm, flag, expected, peer, phase);
     comm.state->waited_ns[peer] += global_timer_ns() - start;
     return came;
+}
+
+// Ends a call of one kernel: its last block counts the call in state->epoch, which every block has read by
+// then.
+__device__ __forceinline__ void end_call(const Comm& comm, uint32_t epoch) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (atomicAdd(&comm.state->blocks_done, 1u) == gridDim.x - 1) {
+        comm.state->blocks_done = 0;
+        comm.state->epoch = epoch;
+    }
+}
+
+// Tells the peers that this rank has begun a call. Call from one block.
+__device__ __forceinline__ void announce(const Comm& comm, uint32_t epoch) {
+    if (threadIdx.x < comm.num_ranks) {
+        store_release_sys(region<uint32_t>(comm, threadIdx.x, comm.barrier_flags) + comm.rank, epoch);
+    }
 }

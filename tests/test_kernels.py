@@ -24,7 +24,7 @@ from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
-from qcomm.ops import codec, columnwise, combine, comm, dispatch, peer_store, place, route
+from qcomm.ops import codec, columnwise, combine, comm, dispatch, dispatch_decode, peer_store, place, route
 from qcomm.ops.catalog import all_specs, codec_specs
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
@@ -48,10 +48,15 @@ RESERVED_SHARED_BYTES = 1024
 SPILLS = {
     "dispatch_recv_columnwise bf16->fp8": (128, "four rows of 16 floats; spilling costs less than a second pass"),
     "dispatch_recv_columnwise rotated mxfp4->fp8": (128, "as on bf16, and the rotation's partners"),
-    "dispatch_recv fp8->fp8": (16, "48 registers leave room for a sender; loop variables spill"),
-    "dispatch_recv fp8->fp8 placing": (16, "48 registers leave room for a sender; loop variables spill"),
-    "dispatch_recv mxfp4->fp8 placing": (16, "48 registers leave room for a sender; loop variables spill"),
-    f"route 64-bit top-{comm.MAX_TOPK}": (32, "72 registers leave room for a receiver, 32 experts do not fit"),
+    "combine_decode bf16": (32, "56 registers leave room for a receiver; loop variables spill"),
+    "combine_decode stochastic mxfp4": (32, "56 registers leave room for a receiver; loop variables spill"),
+    "combine_decode rotated mxfp4": (64, "56 registers leave room for a receiver; the rotation's partners"),
+    "combine_decode rotated stochastic mxfp4": (64, "56 registers leave room for a receiver; the rotation's partners"),
+    f"route 64-bit top-{comm.MAX_TOPK}": (64, "72 registers leave room for a receiver, 32 experts do not fit"),
+    f"dispatch_decode 64-bit top-{comm.MAX_TOPK}": (
+        96,
+        "56 registers leave room for a receiver, 32 experts do not fit",
+    ),
     "dispatch_recv_columnwise_mxfp4 mxfp4->fp8": (32, "three tiles have 48 registers a thread; loop variables spill"),
 }
 """Bytes a kernel may spill, and why; every other kernel may spill none."""
@@ -61,14 +66,15 @@ def label(spec: KernelSpec) -> str:
     """Name a specialisation, without the size of its tokens."""
     c = dict(spec.constants)
     words = [spec.name]
+    if "INDEX_BYTES" in c:
+        words.append(f"{8 * c['INDEX_BYTES']}-bit top-{c['NUM_TOPK']}")
+    elif spec.name in ("count", "place"):
+        words.append(f"top-{c['NUM_TOPK']}")
     if "WIRE" in c:
         wire = "rotated " * c["HADAMARD"] + "stochastic " * c["STOCHASTIC"] + WIRE_KINDS[c["WIRE"]]
         source = f"{WIRE_KINDS[c['INPUT']]}->" if "INPUT" in c else ""
         words.append(source + wire + (f"->{WIRE_KINDS[c['RECV']]}" if "RECV" in c else ""))
-        words += ["placing"] * c.get("PLACES", 0)
-    elif "NUM_TOPK" in c:
-        words += [f"{8 * c['INDEX_BYTES']}-bit"] if "INDEX_BYTES" in c else []
-        words.append(f"top-{c['NUM_TOPK']}")
+        words += ["placing"] * c.get("PLACES", 0) if spec.name == "dispatch_recv" else []
     return " ".join(words)
 
 
@@ -96,8 +102,10 @@ def test_every_kernel_is_listed_once() -> None:
         "dispatch_recv": 2 * (3 * 3 + 3),  # with and without placing
         "dispatch_recv_columnwise": 2 + 1,
         "dispatch_recv_columnwise_mxfp4": 1,
+        "dispatch_decode": 2 * (1 + 2 + 3 * 2 + 2 + 2 * 2 + 2),  # rotated records are delivered as they came
         "combine_send": 3 + 3,
         "combine_recv": 3 + 1,
+        "combine_decode": 3 + 3,
     }
 
 
@@ -105,7 +113,7 @@ def test_no_kernel_spills(usage: dict[KernelSpec, ResourceUsage]) -> None:
     rows, bad = [], []
     for spec, taken in usage.items():
         assert 16 <= taken.registers <= 255, f"{label(spec)}: {taken}"
-        limit, reason = SPILLS.get(label(spec), (0, ""))
+        limit, reason = SPILLS.get(label(spec), SPILLS.get(" ".join(label(spec).split()[:3]), (0, "")))
         if taken.spill_bytes > limit:
             bad.append(f"{label(spec)} spills {taken.spill_bytes} bytes, may spill {limit}")
         if taken.spill_bytes:
@@ -209,7 +217,7 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
     launcher = comm.Launcher(kernels, comm.Comm(num_ranks=2, num_experts=256, num_local_experts=128), 132)
     handle = one_record(num_topk)
     y = torch.zeros(128, hidden, dtype=torch.bfloat16)
-    overflows = torch.zeros(2, dtype=torch.int64)
+    overflows, words = torch.zeros(2, dtype=torch.int64), torch.zeros(num_topk, dtype=torch.int32)
     comm.launch_barrier(launcher, 0, overflows)
     for dtype in (torch.int32, torch.int64):
         idx = torch.zeros(4096, num_topk, dtype=dtype)
@@ -238,6 +246,15 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
                 for places in (False,) if by_column else (False, True):
                     receive = dispatch.Receive(launcher, handle, placement, options, hidden, overflows, places=places)
                     receive.launch(0, 128, 0)
+                static = dataclasses.replace(options, static=True)
+                if not dispatch_decode.suits(static, 1):
+                    continue
+                _, params = receive.prepare(128, 0)
+                for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
+                    for dtype in (torch.int32, torch.int64) if carries(wire, x, hidden) else ():
+                        routing = dispatch.Routing(torch.zeros(1, num_topk, dtype=dtype), None, words)
+                        dispatch_decode.launch_decode(launcher, 0, x, handle, routing, params, static)
+        combine.launch_decode(launcher, 0, y, handle, wire, True, 0)
         combine.launch_send(launcher, 0, y, handle, wire, True, 0)
         combine.launch_recv(launcher, 0, handle, wire, hidden)
     return recorder.launches
@@ -316,9 +333,10 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "route.cu": (route.RouteParams,),
     "place.cuh": (place.Placement,),
     "place.cu": (place.PlaceParams,),
-    "dispatch_send.cu": (dispatch.DispatchSendParams,),
+    "dispatch_send.cuh": (dispatch.DispatchSendParams,),
     "dispatch_recv.cuh": (dispatch.DispatchRecvParams,),
-    "combine.cu": (combine.CombineSendParams, combine.CombineRecvParams),
+    "dispatch_decode.cu": (dispatch_decode.DispatchDecodeParams,),
+    "combine.cu": (combine.CombineSendParams, combine.CombineRecvParams, combine.CombineDecodeParams),
     "peer_store.cu": (peer_store.PeerStoreParams,),
     "codec.cuh": (codec.Divisor,),
     "quantize_mxfp4.cu": (quantize_mxfp4.QuantizeMxfp4Params,),
@@ -373,24 +391,32 @@ def test_recv_teams(hidden: int, budget: comm.Budget) -> None:
         check_team(shared, hidden, budget)
         assert shared.warps == 1 or shared.count <= 15
         assert shared.count * shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
-    assert comm.recv_teams(7168, 3808, dispatch._RECV) == comm.Teams(7, 3, 8, 3808)
+    assert comm.recv_teams(7168, 3808, dispatch._RECV) == comm.Teams(7, 3, 8, 3808, chunks=0, helpers=3, rings=3)
 
 
-@pytest.mark.parametrize(("budget", "chunks"), [(dispatch._SEND, 0), (combine._SEND, combine._MAX_CHUNKS)])
+SENDING = [
+    (dispatch._SEND, dispatch._SENDERS, 0),
+    (dispatch_decode._BUDGET, dispatch_decode._SENDERS, 0),
+    (combine._SEND, combine._SENDERS, combine._MAX_CHUNKS),
+]
+
+
+@pytest.mark.parametrize(("budget", "senders", "chunks"), SENDING, ids=["dispatch", "decode", "combine"])
 @pytest.mark.parametrize("hidden", HIDDENS)
-def test_send_teams(hidden: int, budget: comm.Budget, chunks: int) -> None:
+def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int) -> None:
     for kind in WIRE_KINDS:
-        shared = comm.send_teams(hidden, RecordLayout(kind, hidden).slot_bytes(), budget, chunks)
+        shared = comm.send_teams(hidden, RecordLayout(kind, hidden).slot_bytes(), budget, senders, chunks)
         check_team(shared, hidden, budget)
         # A team that waits for a stage that another one holds must not hold one that it waits for.
         assert shared.count <= shared.stages
-        assert shared.helpers == (2 if chunks else 1)
+        assert shared.helpers == senders + min(chunks, 1)
         assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 512
         assert shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
-        assert (1 if chunks else 0) <= shared.chunks <= chunks
-    assert comm.send_teams(7168, 3968, dispatch._SEND) == comm.Teams(14, 1, 12, 3968, 0, 1)
-    assert comm.send_teams(40960, 81920, dispatch._SEND) == comm.Teams(14, 1, 1, 81920, 0, 1)
-    assert comm.send_teams(7168, 14336, combine._SEND, 12) == comm.Teams(14, 1, 4, 14336, 8, 2)
+        assert min(chunks, 1) <= shared.chunks <= chunks
+    make, rest = comm.send_teams, {"rings": 1, "helpers": 2}
+    assert make(7168, 3968, dispatch._SEND, 2) == comm.Teams(14, 1, 12, 3968, chunks=0, **rest)
+    assert make(40960, 81920, dispatch._SEND, 2) == comm.Teams(14, 1, 1, 81920, chunks=0, **rest)
+    assert make(7168, 14336, combine._SEND, 1, 12) == comm.Teams(14, 1, 4, 14336, chunks=8, **rest)
 
 
 def test_recv_stage_bytes() -> None:

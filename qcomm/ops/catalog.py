@@ -27,7 +27,8 @@ from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
 from qcomm.ops.comm import barrier_spec, decoding, encoding
 from qcomm.ops.dequantize import DTYPES, dequantize_spec
-from qcomm.ops.dispatch import recv_spec, send_spec
+from qcomm.ops.dispatch import recv_spec, send_spec, stays_in_bits
+from qcomm.ops.dispatch_decode import dispatch_decode_spec
 from qcomm.ops.fp8_transpose import fp8_transpose_spec
 from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8_spec
 from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise_spec
@@ -54,8 +55,16 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
             for places in (False, True)
         )
         specs.append(recv_spec("fp8", True, decoding(wire), hidden, num_topk))
+        specs += (
+            dispatch_decode_spec(kind, dtype, encoding(wire, kind), hidden, num_topk, index_bytes)
+            for kind in _inputs(wire)
+            for dtype in RECV_DTYPES
+            if stays_in_bits(dtype, wire)
+            for index_bytes in (4, 8)
+        )
         specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden))
         specs.append(combine_spec("combine_recv", decoding(wire), hidden))
+        specs.append(combine_spec("combine_decode", encoding(wire, "bf16"), hidden))
     return list(dict.fromkeys(specs))
 
 

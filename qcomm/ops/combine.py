@@ -25,7 +25,11 @@ from qcomm.ops.comm import (
 from qcomm.records import RecordLayout
 
 _SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
+_SENDERS = 1
 _MAX_CHUNKS = 12
+_IN_FLIGHT, _FLAGS_TOGETHER = 4, 2
+_DECODE_REGISTERS = 56
+_DECODE_TOKENS = 256
 
 
 class CombineSendParams(ctypes.Structure):
@@ -54,15 +58,26 @@ class CombineRecvParams(ctypes.Structure):
     )
 
 
+class CombineDecodeParams(ctypes.Structure):
+    """See `CombineDecodeParams` in kernels/combine.cu."""
+
+    _fields_ = (("send", CombineSendParams), ("recv", CombineRecvParams))
+
+
 def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
-    """Build the spec of `combine_send` or `combine_recv`."""
+    """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     sharing = _send_teams(wire, hidden)
     return spec(
         "combine",
         name,
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
+        sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
         recv_threads=_recv_threads(wire),
+        decode_registers=_DECODE_REGISTERS,
+        senders=_SENDERS,
+        in_flight=_IN_FLIGHT,
+        flags_together=_FLAGS_TOGETHER,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
         **sharing.constants(_SEND),
@@ -77,7 +92,26 @@ def _recv_threads(wire: WireFormat) -> int:
 
 def _send_teams(wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `combine_send`."""
-    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(), _SEND, _MAX_CHUNKS)
+    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(), _SEND, _SENDERS, _MAX_CHUNKS)
+
+
+def _send_params(
+    launcher: Launcher, y: torch.Tensor, handle: DispatchHandle, wire: WireFormat, weighted: bool, seed: int
+) -> CombineSendParams:
+    return CombineSendParams(
+        launcher.comm,
+        handle.recv_offsets.data_ptr(),
+        handle.record_rows.data_ptr(),
+        pointer(handle.record_topk_weights if weighted and handle.has_weights else None),
+        handle.record_src_token.data_ptr(),
+        y.data_ptr(),
+        Quantizer.of(wire, seed, 0),
+        handle.record_rows.shape[1],
+    )
+
+
+def _allocate(handle: DispatchHandle, hidden: int) -> torch.Tensor:
+    return torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
 
 
 def launch_send(
@@ -91,26 +125,45 @@ def launch_send(
 ) -> None:
     """Sum each record's rows and send the sum to its token's rank."""
     hidden = y.shape[-1]
-    params = CombineSendParams(
-        launcher.comm,
-        handle.recv_offsets.data_ptr(),
-        handle.record_rows.data_ptr(),
-        pointer(handle.record_topk_weights if weighted and handle.has_weights else None),
-        handle.record_src_token.data_ptr(),
-        y.data_ptr(),
-        Quantizer.of(wire, seed, 0),
-        handle.record_rows.shape[1],
-    )
     sharing = _send_teams(wire, hidden)
     kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
+    params = _send_params(launcher, y, handle, wire, weighted, seed)
     kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:
     """Allocate the result, and fill it as sums arrive."""
-    out = torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
+    out = _allocate(handle, hidden)
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
         kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), hidden)
         kernel.launch(launcher.num_sms, _recv_threads(wire), 0, stream, params)
+    return out
+
+
+def is_decode(handle: DispatchHandle, num_ranks: int) -> bool:
+    """Tell whether one kernel is faster than a barrier, a send and a receive: where tokens are few."""
+    most = _DECODE_TOKENS * num_ranks
+    return handle.num_tokens <= _DECODE_TOKENS and handle.record_src_token.shape[0] <= most
+
+
+def launch_decode(
+    launcher: Launcher,
+    stream: int,
+    y: torch.Tensor,
+    handle: DispatchHandle,
+    wire: WireFormat,
+    weighted: bool,
+    seed: int,
+) -> torch.Tensor:
+    """Sum, send, receive and add, by one kernel."""
+    hidden = y.shape[-1]
+    out = _allocate(handle, hidden)
+    sharing = _send_teams(wire, hidden)
+    kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden)
+    params = CombineDecodeParams(
+        _send_params(launcher, y, handle, wire, weighted, seed),
+        CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens),
+    )
+    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
     return out

@@ -50,7 +50,7 @@ class State(ctypes.Structure):
         ("epoch", ctypes.c_uint32),
         ("timed_out", ctypes.c_uint32),
         ("bad_token", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
+        ("blocks_done", ctypes.c_uint32),
         ("waited_ns", ctypes.c_uint64 * MAX_RANKS),
     )
 
@@ -178,17 +178,19 @@ class Teams:
     A warp holds 512 elements of a record at a time.
 
     Attributes:
-        stages: records staged, of a team or, where a warp sends for all teams, of the block.
+        stages: records staged, of one ring.
         chunks: pieces of rows that a warp loads ahead, of the block.
-        helpers: warps besides the teams', which load or send.
+        helpers: warps besides the teams', which load, send or tell of records.
+        rings: of stages.
     """
 
     warps: int
     count: int
     stages: int
     stage_bytes: int
-    chunks: int = 0
-    helpers: int = 0
+    chunks: int
+    helpers: int
+    rings: int
 
     @property
     def threads(self) -> int:
@@ -203,8 +205,7 @@ class Teams:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        rings = 1 if self.helpers else self.count
-        return rings * self.stages * self.stage_bytes + self.chunks * self.chunk_bytes
+        return self.rings * self.stages * self.stage_bytes + self.chunks * self.chunk_bytes
 
     def constants(self, budget: Budget) -> dict[str, int]:
         """Return the constants that the kernel sees."""
@@ -212,22 +213,24 @@ class Teams:
             "teams": self.count,
             "team_warps": self.warps,
             "stages": self.stages,
-            "stage_bytes": self.stage_bytes,
             "max_registers": budget.registers,
         }
 
 
 def recv_teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
-    """Divide a receiving block's warps into teams, as many as there is room for, each with stages of its own."""
+    """Divide a receiving block's warps into teams with a warp more each, as many as there is room for.
+
+    Each team has stages of its own.
+    """
     warps = _team_warps(hidden, budget)
-    most = budget.warps // warps if warps == 1 else min(_MAX_TEAMS, budget.warps // warps)
+    most = min(_MAX_TEAMS, budget.warps // (warps + 1))
     count = max(1, min(most, budget.shared_bytes // (min(2, budget.stages) * stage_bytes)))
     stages = max(1, min(budget.stages, budget.shared_bytes // (count * stage_bytes)))
-    return Teams(warps, count, stages, stage_bytes)
+    return Teams(warps, count, stages, stage_bytes, chunks=0, helpers=count, rings=count)
 
 
-def send_teams(hidden: int, stage_bytes: int, budget: Budget, max_chunks: int = 0) -> Teams:
-    """Divide a sending block's warps into teams that share the stages; one warp sends, one loads chunks, if any.
+def send_teams(hidden: int, stage_bytes: int, budget: Budget, senders: int, max_chunks: int = 0) -> Teams:
+    """Divide a sending block's warps into teams that share the stages; `senders` send, one loads chunks, if any.
 
     Where there are chunks, stages take at most a third of the shared memory.
     """
@@ -235,7 +238,8 @@ def send_teams(hidden: int, stage_bytes: int, budget: Budget, max_chunks: int = 
     loads = min(1, max_chunks)
     room = budget.shared_bytes // (1 + 2 * loads)
     stages = max(1, min(budget.stages, room // stage_bytes))
-    shape = Teams(warps, max(1, min(stages, budget.warps // warps)), stages, stage_bytes, 0, 1 + loads)
+    count = max(1, min(stages, budget.warps // warps))
+    shape = Teams(warps, count, stages, stage_bytes, chunks=0, helpers=senders + loads, rings=1)
     chunks = min(max_chunks, (budget.shared_bytes - shape.shared_bytes) // shape.chunk_bytes)
     return dataclasses.replace(shape, chunks=chunks)
 

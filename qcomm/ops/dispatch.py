@@ -34,9 +34,11 @@ _COLUMNWISE_THREADS = 256
 _TILES = 3
 _TILE_ROWS, _TILE_LANE_ROWS = 128, 16
 _TILE_REGISTERS = 48
+_SENDERS = 2
+_IN_FLIGHT, _FLAGS_TOGETHER = 2, 1
 _SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
 _RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
-_RECV_FLOATS = Budget(warps=14, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
+_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
 """Where elements must become floats."""
 
 
@@ -90,6 +92,11 @@ class DispatchRecvParams(ctypes.Structure):
     )
 
 
+def sender_constants() -> dict[str, int]:
+    """Return the constants of warps that send."""
+    return {"senders": _SENDERS, "in_flight": _IN_FLIGHT, "flags_together": _FLAGS_TOGETHER}
+
+
 def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int) -> KernelSpec:
     """Build the spec of `dispatch_send` for an input of kind bf16, fp8 or mxfp4."""
     return spec(
@@ -98,6 +105,7 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int) -> 
         input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
         num_topk=num_topk,
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
+        **sender_constants(),
         **_send_teams(wire, hidden, num_topk).constants(_SEND),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
@@ -108,7 +116,7 @@ def recv_spec(
 ) -> KernelSpec:
     """Build the spec of the receive kernel; one that `places` also gives the records their rows."""
     name, sharing = "dispatch_recv", _recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
-    sharing["places"] = int(places)
+    sharing |= {"places": int(places), "row_stage_bytes": recv_stage_bytes(recv_dtype, hidden)}
     if columnwise:
         name, sharing = "dispatch_recv_columnwise", {}
         if _by_tiles(wire):
@@ -137,7 +145,7 @@ def _by_tiles(wire: WireFormat) -> bool:
 
 def _send_teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block of `dispatch_send`."""
-    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk)), _SEND)
+    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk)), _SEND, _SENDERS)
 
 
 def _recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
@@ -145,9 +153,14 @@ def _recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
     return recv_teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
 
 
-def _recv_budget(recv_dtype: str, wire: WireFormat) -> Budget:
+def stays_in_bits(recv_dtype: str, wire: WireFormat) -> bool:
+    """Tell whether a receiver needs no floats, which take registers."""
     aligns = wire.kind == "mxfp4" and recv_dtype == "fp8" and not wire.hadamard
-    return _RECV if aligns or wire.kind == recv_dtype else _RECV_FLOATS
+    return aligns or wire.kind == recv_dtype
+
+
+def _recv_budget(recv_dtype: str, wire: WireFormat) -> Budget:
+    return _RECV if stays_in_bits(recv_dtype, wire) else _RECV_FLOATS
 
 
 def recv_stage_bytes(recv_dtype: str, hidden: int) -> int:
@@ -170,6 +183,34 @@ class Routing(NamedTuple):
     ordinals: torch.Tensor
 
 
+def send_params(
+    launcher: Launcher, x: WireInput, handle: DispatchHandle, routing: Routing | None, wire: WireFormat, seed: int
+) -> tuple[DispatchSendParams, str]:
+    """Return what the sender is given, and the kind of its input."""
+    data, sf, kind = x, None, "bf16"
+    if isinstance(x, FP8Tensor):
+        data, sf, kind = x.data, x.sf, "fp8"
+    elif isinstance(x, MXFP4Tensor):
+        data, sf, kind = x.qdata, x.sf, "mxfp4"
+    assert isinstance(data, torch.Tensor)
+    params = DispatchSendParams(
+        comm=launcher.comm,
+        x=data.data_ptr(),
+        sf=pointer(sf),
+        send_slot=handle.send_slot.data_ptr(),
+        quantizer=Quantizer.of(wire, seed, launcher.comm.rank),
+        num_tokens=x.shape[0],
+    )
+    if sf is not None:
+        params.sf_row_stride, params.sf_group_stride = sf.stride()
+    if routing is not None:
+        params.topk_idx = routing.topk_idx.data_ptr()
+        params.index_words = routing.topk_idx.element_size() // 4
+        params.ordinals = routing.ordinals.data_ptr()
+        params.topk_weights = pointer(routing.topk_weights)
+    return params, kind
+
+
 def launch_send(
     launcher: Launcher,
     stream: int,
@@ -183,28 +224,8 @@ def launch_send(
     num_tokens, hidden = x.shape
     if not num_tokens:
         return
-    data, sf, kind = x, None, "bf16"
-    if isinstance(x, FP8Tensor):
-        data, sf, kind = x.data, x.sf, "fp8"
-    elif isinstance(x, MXFP4Tensor):
-        data, sf, kind = x.qdata, x.sf, "mxfp4"
-    assert isinstance(data, torch.Tensor)
+    params, kind = send_params(launcher, x, handle, routing, wire, seed)
     num_topk = handle.record_topk_idx.shape[1]
-    params = DispatchSendParams(
-        comm=launcher.comm,
-        x=data.data_ptr(),
-        sf=pointer(sf),
-        send_slot=handle.send_slot.data_ptr(),
-        quantizer=Quantizer.of(wire, seed, launcher.comm.rank),
-        num_tokens=num_tokens,
-    )
-    if sf is not None:
-        params.sf_row_stride, params.sf_group_stride = sf.stride()
-    if routing is not None:
-        params.topk_idx = routing.topk_idx.data_ptr()
-        params.index_words = routing.topk_idx.element_size() // 4
-        params.ordinals = routing.ordinals.data_ptr()
-        params.topk_weights = pointer(routing.topk_weights)
     sharing = _send_teams(wire, hidden, num_topk)
     kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, num_topk)
     kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
@@ -270,6 +291,22 @@ class Receive:
             num_rows: rows of the result.
             rows_per_expert: rows of one expert in the "batched" layout, else 0.
         """
+        payload, params = self.prepare(num_rows, rows_per_expert)
+        options, num_topk = self._options, self._handle.record_topk_idx.shape[1]
+        kernel = self._launcher.kernels.get(
+            recv_spec,
+            options.recv_dtype,
+            options.columnwise,
+            decoding(options.wire),
+            self._hidden,
+            num_topk,
+            self._places,
+        )
+        kernel.launch(self._launcher.num_sms, self._threads, self._shared_bytes, stream, params)
+        return payload
+
+    def prepare(self, num_rows: int, rows_per_expert: int) -> tuple[Payload, DispatchRecvParams]:
+        """Allocate the received rows; return them, and what the kernel that fills them is given."""
         params, hidden, device = self._params, self._hidden, self._overflows.device
         sf: torch.Tensor | None = None
         x_columnwise = sf_columnwise = None
@@ -292,12 +329,7 @@ class Receive:
         params.rows_per_expert = rows_per_expert
         params.pads = int(pads(self._handle))
         params.num_rows = num_rows
-        options, num_topk = self._options, self._handle.record_topk_idx.shape[1]
-        kernel = self._launcher.kernels.get(
-            recv_spec, options.recv_dtype, options.columnwise, decoding(options.wire), hidden, num_topk, self._places
-        )
-        kernel.launch(self._launcher.num_sms, self._threads, self._shared_bytes, stream, params)
-        return Payload(x, sf, x_columnwise, sf_columnwise, self._overflows)
+        return Payload(x, sf, x_columnwise, sf_columnwise, self._overflows), params
 
 
 def cut(payload: Payload, num_rows: int) -> Payload:

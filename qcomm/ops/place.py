@@ -80,19 +80,26 @@ class PlaceParams(ctypes.Structure):
     )
 
 
+def host_constants() -> dict[str, int]:
+    """Return the constants of kernels that fill the host table."""
+    return {
+        "host_ready": HOST_READY,
+        "host_bad_rank": HOST_BAD_RANK,
+        "host_bad_token": HOST_BAD_TOKEN,
+        "host_rows": HOST_ROWS,
+        "host_rows_per_expert": HOST_ROWS_PER_EXPERT,
+        "host_fixed": HOST_FIXED,
+    }
+
+
 def place_spec(name: str, num_topk: int) -> KernelSpec:
     """Build the spec of `count` or `place`."""
     return spec(
         "place",
         name,
         num_topk=num_topk,
-        host_ready=HOST_READY,
-        host_bad_rank=HOST_BAD_RANK,
-        host_bad_token=HOST_BAD_TOKEN,
-        host_rows=HOST_ROWS,
-        host_rows_per_expert=HOST_ROWS_PER_EXPERT,
-        host_fixed=HOST_FIXED,
         sizeof_place=ctypes.sizeof(PlaceParams),
+        **host_constants(),
     )
 
 

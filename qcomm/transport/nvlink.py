@@ -28,7 +28,7 @@ from qcomm.exchange import DispatchOptions, Payload, WireInput
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.jit import KernelLoader
-from qcomm.ops import combine, dispatch, place, route
+from qcomm.ops import combine, dispatch, dispatch_decode, place, route
 from qcomm.ops.comm import (
     BAD_ROUTE,
     MAX_RANKS,
@@ -105,16 +105,22 @@ class NvlinkTransport:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
             draft, ordinals, source_starts = self._draft(topk_idx, topk_weights, options)
             placement = Placement.of(draft, source_starts, overflows)
+            routing = Routing(topk_idx, topk_weights, ordinals)
+            receive = Receive(
+                self._launcher, draft, placement, options, hidden, overflows, places=not options.columnwise
+            )
+            if dispatch_decode.suits(options, len(topk_idx)):
+                payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
+                dispatch_decode.launch_decode(self._launcher, call.stream, x, draft, routing, params, options)
+                result = received(payload, draft, options)
+                call.keep(result, draft)
+                return result, draft, call.event
             route.launch_route(self._launcher, call.stream, topk_idx, draft.send_slot, ordinals)
             with call.sending() as stream:
-                routing = Routing(topk_idx, topk_weights, ordinals)
                 dispatch.launch_send(self._launcher, stream, x, draft, routing, options.wire, options.seed)
             self._launch_count(call.stream, placement, options)
             if options.columnwise:
                 place.launch_place(self._launcher, call.stream, self._config.num_topk, placement, options.wire, hidden)
-            receive = Receive(
-                self._launcher, draft, placement, options, hidden, overflows, places=not options.columnwise
-            )
             if options.static:
                 handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
             else:
@@ -148,6 +154,10 @@ class NvlinkTransport:
     ) -> tuple[torch.Tensor, Event]:
         _check_addresses(y)
         with self._call(async_op, y, handle) as call:
+            if combine.is_decode(handle, self._member.num_ranks):
+                out = combine.launch_decode(self._launcher, call.stream, y, handle, wire, weighted, seed)
+                call.keep(out)
+                return out, call.event
             launch_barrier(self._launcher, call.stream, None)
             with call.sending() as stream:
                 combine.launch_send(self._launcher, stream, y, handle, wire, weighted, seed)
@@ -382,11 +392,13 @@ class _Call:
         self.stream = main.cuda_stream
         self.event = torch.cuda.Event()
         self._open = True
+        self._sends = False
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[int]:
         """Launch on the sending stream what comes next, behind what the main stream holds so far."""
         self._side.wait_stream(self._main)
+        self._sends = True
         yield self._side.cuda_stream
 
     def keep(self, *results: object) -> None:
@@ -397,7 +409,8 @@ class _Call:
     def join(self) -> None:
         """End the call, unless that was done: the main stream waits for the sends."""
         if self._open:
-            self._main.wait_stream(self._side)
+            if self._sends:
+                self._main.wait_stream(self._side)
             self.event.record(self._main)
             self._open = False
 

@@ -1,0 +1,115 @@
+// Counting what comes.
+#pragma once
+
+#include "place.cuh"
+
+// Waits for every rank's counts; returns false past the deadline. Call from all threads of a block; one of
+// the call notes how long each peer kept it waiting.
+__device__ __forceinline__ bool wait_for_counts(const Comm& comm, uint32_t epoch, bool notes) {
+    bool came = true;
+    if (threadIdx.x < comm.num_ranks) {
+        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.route_flags) + threadIdx.x;
+        came = notes ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseRoute)
+                     : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
+    }
+    return __syncthreads_and(came);
+}
+
+// Says how many records and rows there will be and where each source's rows of an expert begin, from the
+// counts that every rank has sent. Call from all threads of one block, of two warps at least; `table` is
+// shared memory, 2 * num_local_experts + num_ranks + 2 words. A static receive short of rows leaves a notice,
+// if this block `reports`.
+__device__ __forceinline__ void count_records(const Comm& comm, const Placement& p, uint32_t epoch,
+                                              int32_t* table, bool reports) {
+    const int num_ranks = comm.num_ranks, num_local = comm.num_local_experts;
+    int32_t* start = table;                  // [num_local + 1]
+    int32_t* total = start + num_local + 1;  // [num_local]
+    int32_t* offsets = total + num_local;    // [num_ranks + 1]
+    const auto count_of = [&](int source, int word) {
+        return counts_of(comm, comm.rank, epoch, source)[word];
+    };
+    for (int expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
+        int sum = 0;
+        for (int source = 0; source < num_ranks; ++source)
+            sum += count_of(source, 2 + expert);
+        total[expert] = sum;
+    }
+    if (threadIdx.x == 0) {
+        offsets[0] = 0;
+        for (int source = 0; source < num_ranks; ++source)
+            offsets[source + 1] = offsets[source] + count_of(source, 1);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
+        int most = 0;
+        for (int expert = lane; expert < num_local; expert += 32)
+            most = max(most, total[expert]);
+        most = __reduce_max_sync(0xffffffffu, most);
+        const auto padded = [&](int count) { return (count + p.alignment - 1) / p.alignment * p.alignment; };
+        const int each = p.rows_per_expert > 0 ? p.rows_per_expert : padded(most);
+        int end = 0;
+        if (lane == 0) start[0] = 0;
+        for (int base = 0; base < num_local; base += 32) {
+            const int expert = base + lane;
+            int sum = expert >= num_local ? 0 : p.layout == kBatched ? each : padded(total[expert]);
+            for (int step = 1; step < 32; step *= 2) {
+                const int lower = __shfl_up_sync(0xffffffffu, sum, step);
+                if (lane >= step) sum += lower;
+            }
+            if (expert < num_local) start[expert + 1] = end + sum;
+            end += __shfl_sync(0xffffffffu, sum, 31);
+        }
+    }
+    __syncthreads();
+
+    for (int expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
+        int row = start[expert];
+        for (int source = 0; source < num_ranks; ++source) {
+            p.source_starts[source * num_local + expert] = row;
+            row += count_of(source, 2 + expert);
+        }
+        const int limit = p.layout == kBatched ? start[expert + 1] : p.capacity;
+        const int fit =
+            p.layout == kTokenMajor ? total[expert] : max(0, min(total[expert], limit - start[expert]));
+        p.num_tokens_per_expert[expert] = fit;
+        if (p.host != nullptr) p.host[QCOMM_HOST_FIXED + num_ranks + 1 + expert] = total[expert];
+    }
+    for (int source = threadIdx.x; source <= num_ranks; source += blockDim.x) {
+        p.recv_offsets[source] = offsets[source];
+        if (p.host != nullptr) p.host[QCOMM_HOST_FIXED + source] = offsets[source];
+    }
+    if (p.group_offsets != nullptr) {
+        for (int expert = threadIdx.x; expert <= num_local; expert += blockDim.x)
+            p.group_offsets[expert] = min(start[expert], p.capacity);
+    }
+    if (threadIdx.x == 0 && reports) {
+        int bad_rank = -1;
+        for (int source = num_ranks - 1; source >= 0; --source) {
+            if (count_of(source, 0) != 0) bad_rank = source;
+        }
+        if (count_of(comm.rank, 0) != 0) bad_rank = comm.rank;
+        const int bad_token = bad_rank < 0 ? -1 : count_of(bad_rank, 0) - 1;
+        const int rows = p.layout == kTokenMajor ? offsets[num_ranks] : start[num_local];
+        if (p.is_static) {
+            int needed = rows, available = p.capacity;
+            if (p.layout == kBatched) {
+                needed = 0;
+                available = p.rows_per_expert;
+                for (int expert = 0; expert < num_local; ++expert)
+                    needed = max(needed, total[expert]);
+            }
+            if (needed > available) {
+                write_report(&comm.reports->notice, kOverflow, comm, -1, kPhaseRoute, needed, available);
+            } else if (bad_rank == comm.rank) {
+                write_report(&comm.reports->notice, kBadRoute, comm, bad_rank, kPhaseRoute, 0, bad_token);
+            }
+        }
+        if (p.host != nullptr) {
+            p.host[QCOMM_HOST_BAD_RANK] = bad_rank;
+            p.host[QCOMM_HOST_BAD_TOKEN] = bad_token;
+            p.host[QCOMM_HOST_ROWS] = rows;
+            p.host[QCOMM_HOST_ROWS_PER_EXPERT] = p.layout == kBatched ? start[1] : 0;
+        }
+    }
+}

@@ -1,0 +1,194 @@
+// The send side of dispatch: the warps that encode a block's tokens, and those that copy the records to every
+// destination rank.
+#pragma once
+
+#include "sender.cuh"
+#include "topk.cuh"
+#include "wait.cuh"
+
+enum InputKind { kInputBf16 = QCOMM_BF16, kInputFp8 = QCOMM_FP8, kInputMxfp4 = QCOMM_MXFP4 };
+
+struct DispatchSendParams {
+    Comm comm;
+    const uint8_t* x;   // [num_tokens] rows of bf16, E4M3 or packed E2M1
+    const uint8_t* sf;  // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
+    const int32_t* send_slot;     // [num_tokens, num_ranks]
+    const int32_t* topk_idx;      // [num_tokens, kNumTopk] of index_words words each, the lowest first
+    const int32_t* ordinals;      // [num_tokens, kNumTopk]
+    const int32_t* topk_weights;  // [num_tokens, kNumTopk] bits of float32, or null for ones
+    int64_t sf_row_stride;        // elements
+    int64_t sf_group_stride;      // elements
+    Quantizer quantizer;
+    int32_t num_tokens;
+    int32_t index_words;  // 0 for a replay, whose records have no metadata
+};
+
+static_assert(sizeof(DispatchSendParams) == QCOMM_SIZEOF_DISPATCH_SEND,
+              "qcomm/ops/dispatch.py holds the same");
+
+constexpr int kMetadataWords = 1 + 3 * kNumTopk;
+constexpr int kWordsPerLane = (kMetadataWords + 31) / 32;
+constexpr InputKind kInput = static_cast<InputKind>(QCOMM_INPUT);
+// Whether a team loads the next token while it encodes one; rounding at random and rotations take the
+// registers for it.
+constexpr bool kLoadsAhead = !kStochastic && !kHadamard && kVecsPerThread == 1;
+
+// Reads one lane's part of a token; lanes past the end get zeros.
+__device__ __forceinline__ LaneVec read_input(const DispatchSendParams& p, int token, int vec) {
+    LaneVec in = {};
+    in.scale = 1.0f;
+    if (vec >= kNumVecs) return in;
+    if constexpr (kInput == kInputBf16) {
+        const uint4* data =
+            reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * (2 * kHidden)) + 2 * vec;
+        unpack(load_stream(data), in.words);
+        unpack(load_stream(data + 1), in.words + 4);
+    } else if constexpr (kInput == kInputFp8) {
+        const uint4* data = reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * kHidden);
+        unpack(load_stream(data + vec), in.words);
+        const float* sf = reinterpret_cast<const float*>(p.sf) + token * p.sf_row_stride;
+        in.scale = sf[vec / kVecsPerGroup * p.sf_group_stride];
+    } else {
+        const uint2* data = reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * (kHidden / 2));
+        unpack(load_stream(data + vec), in.words);
+        in.sf = p.sf[static_cast<int64_t>(token) * (kHidden / kBlockSize) + vec / kVecsPerBlock];
+    }
+    return in;
+}
+
+__device__ __forceinline__ LaneVec encode_input(LaneVec& in, const Quantizer& quantizer, int token, int vec) {
+    if constexpr (static_cast<int>(kInput) == static_cast<int>(kWire)) {
+        return in;
+    } else if constexpr (kInput == kInputBf16 && kWire == kMxfp4 && !kHadamard && !kStochastic) {
+        return lane_vec(quantize_bf16(in.bf16(), quantizer));
+    } else {
+        if constexpr (kInput == kInputFp8 && !kHadamard && !kStochastic) {
+            Mxfp4Vec<kVec> packed;
+            const bool done = quantize_e4m3(in.data(), in.scale, quantizer, packed);
+            if (__all_sync(kAllLanes, done)) return lane_vec(packed);
+        }
+        float v[kVec];
+        int offset = 0;
+        if constexpr (kInput == kInputBf16) {
+            decode_bf16(in.bf16(), v);
+        } else if constexpr (kHadamard) {
+            decode_fp8(in.data(), in.scale, v);
+        } else {
+            decode_e4m3(in.data(), v);
+            offset = scale_to_odd(v, in.scale);
+        }
+        return encode_wire<kInput == kInputFp8>(v, offset, quantizer, token, vec);
+    }
+}
+
+// One lane's words of the metadata that follow a record, those of the next token read ahead: see
+// MetadataLayout in qcomm/records.py.
+class Metadata {
+  public:
+    __device__ __forceinline__ explicit Metadata(const DispatchSendParams& p) {
+#pragma unroll
+        for (int i = 0; i < kWordsPerLane; ++i) {
+            const int word = 32 * i + threadIdx.x % 32 - 1, field = word / kNumTopk, j = word % kNumTopk;
+            from_[i] = nullptr;
+            stride_[i] = kNumTopk * (field == 0 ? p.index_words : 1);
+            next_[i] = __float_as_int(1.0f);
+            if (p.index_words == 0 || word < 0 || word >= 3 * kNumTopk) continue;
+            if (field == 0) from_[i] = p.topk_idx + j * p.index_words;
+            if (field == 1) from_[i] = p.ordinals + j;
+            if (field == 2 && p.topk_weights != nullptr) from_[i] = p.topk_weights + j;
+        }
+    }
+
+    __device__ __forceinline__ void read(int token) {
+#pragma unroll
+        for (int i = 0; i < kWordsPerLane; ++i)
+            if (from_[i] != nullptr) next_[i] = from_[i][static_cast<int64_t>(token) * stride_[i]];
+    }
+
+    __device__ __forceinline__ void write(uint8_t* record, int token) const {
+#pragma unroll
+        for (int i = 0; i < kWordsPerLane; ++i) {
+            const int word = 32 * i + threadIdx.x % 32;
+            if (word < kMetadataWords)
+                reinterpret_cast<int32_t*>(record + kRecordBytes)[word] = word == 0 ? token : next_[i];
+        }
+    }
+
+  private:
+    const int32_t* from_[kWordsPerLane];
+    int32_t stride_[kWordsPerLane];
+    int32_t next_[kWordsPerLane];
+};
+
+// A warp that sends every kSenders-th of the block's records, once per destination rank.
+__device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32_t epoch, Outbox& outbox,
+                                             uint8_t* shared) {
+    const Comm& comm = p.comm;
+    const int lane = threadIdx.x % 32;
+    Sender sender(outbox, shared, epoch);
+    // A lane's rank changes with the block and the token: were it the same for all, all ranks would send to
+    // one at a time, over its links alone.
+    const auto rank_of = [&](int token) { return (lane + token + token / gridDim.x) % comm.num_ranks; };
+    const auto slot_of = [&](int token) {
+        return lane < comm.num_ranks && token < p.num_tokens
+                   ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + rank_of(token)]
+                   : -1;
+    };
+    const int first = blockIdx.x + gridDim.x * sender.number(), step = gridDim.x * kSenders;
+    Metadata metadata(p);
+    int next_slot = slot_of(first);
+    if (first < p.num_tokens) metadata.read(first);
+    bool came = true;
+    if (p.index_words != 0 && lane < comm.num_ranks) {
+        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + lane;
+        came = wait_flag(comm, flag, epoch, lane, kPhaseRoute);
+    }
+    came = __all_sync(kAllLanes, came);
+    for (int token = first; token < p.num_tokens; token += step) {
+        const int slot = next_slot, rank = rank_of(token);
+        uint8_t* record = sender.next();
+        if (p.index_words != 0) {
+            metadata.write(record, token);
+            fence_proxy_async_shared();
+            __syncwarp();
+            if (token + step < p.num_tokens) metadata.read(token + step);
+        }
+        next_slot = slot_of(token + step);
+        uint8_t* destination = nullptr;
+        uint32_t* flag = nullptr;
+        if (slot >= 0 && came) {
+            const int64_t index = slot_index(comm, comm.rank, slot);
+            destination = region<uint8_t>(comm, rank, comm.dispatch_records) + index * kSlotBytes;
+            flag = region<uint32_t>(comm, rank, comm.dispatch_flags) + index;
+        }
+        sender.send(destination, flag, p.index_words != 0 ? kRecordBytes + kMetadataBytes : kRecordBytes);
+    }
+    sender.finish();
+}
+
+// A team's warps, each on its own part: encode every kTeams-th of the block's tokens, and read the next
+// meanwhile.
+__device__ __forceinline__ void encode_tokens(const DispatchSendParams& p, Outbox& outbox, uint8_t* shared) {
+    const Team team;
+    const auto write = [&](uint8_t* stage, LaneVec in, int token, int vec) {
+        write_record(stage, encode_input(in, p.quantizer, token, vec), vec);
+    };
+    LaneVec next;
+    if (kLoadsAhead && team.index < p.num_tokens) next = read_input(p, team.index, team.thread);
+    uint32_t n = team.number;
+    for (int token = team.index; token < p.num_tokens; token += team.count, n += kTeams) {
+        const int following = token + team.count;
+        const LaneVec ahead = next;
+        if (kLoadsAhead && following < p.num_tokens) next = read_input(p, following, team.thread);
+        outbox.read.wait_before(n);
+        uint8_t* stage = stage_of(shared, n);
+        if constexpr (kLoadsAhead) {
+            write(stage, ahead, token, team.thread);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kVecsPerThread; ++i)
+                write(stage, read_input(p, token, team.vec(i)), token, team.vec(i));
+        }
+        outbox.hand_over(n);
+    }
+}

@@ -1,0 +1,208 @@
+// The receive side of dispatch: the warps that learn of a block's records and give them their rows, and those
+// that convert them.
+#pragma once
+
+#include "dispatch_recv.cuh"
+#include "signals.cuh"
+#include "team.cuh"
+
+// A converted row: data, then scales.
+constexpr int kStageBytes = (kRowBytes + 4 * kRowScaleWords + 15) / 16 * 16;
+static_assert(kStageBytes == QCOMM_ROW_STAGE_BYTES, "qcomm/ops/dispatch.py computes the same");
+constexpr bool kPlaces = QCOMM_PLACES;              // whether records are given their rows here, or have them
+constexpr int kBatch = kVecsPerThread < 2 ? 1 : 2;  // vectors that are loaded together
+
+// Writes a staged row into row my_row of every lane that has one; returns with the copies under way.
+__device__ __forceinline__ void write_rows(const DispatchRecvParams& p, const uint8_t* stage, int my_row) {
+    const int lane = threadIdx.x % 32;
+    const uint8_t* scales = stage + kRowBytes;
+    if (my_row >= 0) bulk_store(p.x + static_cast<int64_t>(my_row) * kRowBytes, stage, kRowBytes);
+    const bool together = kRowScaleWords % 4 == 0 && p.sf_together;
+    if (kRowScaleWords > 0 && together && my_row >= 0) {
+        bulk_store(scale_word(p, my_row, 0), scales, 4 * kRowScaleWords);
+    }
+    bulk_commit();
+    if (kRowScaleWords > 0 && !together) {
+        for (uint32_t left = __ballot_sync(kAllLanes, my_row >= 0); left != 0; left &= left - 1) {
+            const int row = __shfl_sync(kAllLanes, my_row, __ffs(left) - 1);
+            for (int word = lane; word < kRowScaleWords; word += 32)
+                *scale_word(p, row, word) = reinterpret_cast<const uint32_t*>(scales)[word];
+        }
+    }
+}
+
+constexpr int kPaddingRows = 16;  // of an expert's padding, that a warp takes at a time
+
+// Zeroes this team's share of the padding rows, all from one stage, and notes that they are padding.
+__device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const Team& team,
+                                              const Ring<kStageBytes>& ring) {
+    uint8_t* stage = ring.stage();
+    for (int i = team.thread; i < kRowBytes / 16; i += kTeamThreads)
+        reinterpret_cast<uint4*>(stage)[i] = make_uint4(0, 0, 0, 0);
+    for (int word = team.thread; word < kRowScaleWords; word += kTeamThreads) {
+        const float scale = kRecv == kRecvFp8 ? pow2(kMinScaleExponent) : 0.0f;
+        reinterpret_cast<float*>(stage + kRowBytes)[word] = scale;
+    }
+    ring.written(team);
+    const int warp = team.index * kTeamWarps + team.thread / 32, num_warps = team.count * kTeamWarps;
+    const int most = p.rows_per_expert > 0 ? p.rows_per_expert : p.placement.alignment - 1;
+    const int pieces = (most + kPaddingRows - 1) / kPaddingRows, lane = threadIdx.x % 32;
+    for (int i = warp; i < pieces * p.comm.num_local_experts; i += num_warps) {
+        const int expert = i / pieces, end = p.placement.group_offsets[expert + 1];
+        int row = p.placement.group_offsets[expert] + p.placement.num_tokens_per_expert[expert] +
+                  i % pieces * kPaddingRows + lane;
+        if (lane >= kPaddingRows || row >= end) row = -1;
+        if (kPlaces && row >= 0) note_padding(p.placement, row);
+        if (p.pads) write_rows(p, stage, row < p.num_rows ? row : -1);
+    }
+    bulk_wait_read<0>();
+    team.sync();
+}
+
+// Writes one lane's part of a converted row into a stage.
+__device__ __forceinline__ void write_part(uint8_t* stage, int vec, const LaneVec& out) {
+    if (vec >= kNumVecs) return;
+    write_data<static_cast<WireKind>(kRecv)>(stage, vec, out);
+    if (kRecv == kRecvFp8 && vec % kVecsPerGroup == 0) {
+        reinterpret_cast<float*>(stage + kRowBytes)[vec / kVecsPerGroup] = out.scale;
+    }
+    if (kRecv == kRecvMxfp4 && vec % kVecsPerBlock == 0) {
+        stage[kRowBytes + vec / kVecsPerBlock] = static_cast<uint8_t>(out.sf);
+    }
+}
+
+// What the telling warp of each team tells it, in shared memory.
+struct Inbox {
+    static constexpr int kDepth = 4;
+
+    struct Item {
+        int32_t index;           // slot of the record, -1 after the last
+        int32_t rows[kNumTopk];  // of x, -1 for none
+    };
+
+    Item items[kTeams][kDepth];
+    Signals<kDepth> told[kTeams];
+    Signals<kDepth> taken[kTeams];
+
+    __device__ __forceinline__ void init() {
+        for (int team = 0; team < kTeams; ++team) {
+            told[team].init(1);
+            taken[team].init(kTeamWarps);
+        }
+    }
+};
+
+// The warp that waits for a team's records, round robin over the sources, which is the order in which they
+// come; and says where each goes: to those in record_rows, or those that its metadata say, which are noted.
+// One that waits in vain goes on, with any bytes; the host raises.
+__device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32_t epoch, Inbox& inbox,
+                                             int team) {
+    const Comm& comm = p.comm;
+    const Placement& placement = p.placement;
+    const int lane = threadIdx.x % 32, num_ranks = comm.num_ranks;
+    const int width = placement.layout == kTokenMajor ? 1 : kNumTopk;
+    const int step = gridDim.x * kTeams;
+    int most = 0;
+    for (int source = 0; source < num_ranks; ++source)
+        most = max(most, placement.recv_offsets[source + 1] - placement.recv_offsets[source]);
+    const uint32_t* flags = region<uint32_t>(comm, comm.rank, comm.dispatch_flags);
+    const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.dispatch_records);
+    uint32_t n = 0;
+    for (int first = blockIdx.x + gridDim.x * team; first < most * num_ranks; first += 32 * step) {
+        // A lane knows one of the team's next records, so that all their flags are looked at together.
+        const int mine = first + lane * step, slot = mine / num_ranks;
+        int my_record = -1, my_index = 0;
+        if (slot < most) {
+            const int source = mine % num_ranks, record = placement.recv_offsets[source] + slot;
+            if (record < placement.recv_offsets[source + 1]) my_record = record;
+            my_index = static_cast<int>(slot_index(comm, source, slot));
+        }
+        const auto look = [&] {
+            return __ballot_sync(
+                kAllLanes,
+                my_record >= 0 && static_cast<int32_t>(load_acquire_sys(flags + my_index) - epoch) >= 0);
+        };
+        const auto metadata = [&](int k) {
+            const int index = __shfl_sync(kAllLanes, my_index, k);
+            return read_entry(comm, records + static_cast<int64_t>(index) * kSlotBytes + kRecordBytes);
+        };
+        const auto rows = [&](int k) {
+            const int64_t record = __shfl_sync(kAllLanes, my_record, k);
+            return lane < width ? placement.record_rows[record * width + lane] : -1;
+        };
+        uint32_t there = look();
+        uint32_t left = __ballot_sync(kAllLanes, my_record >= 0);
+        RecordEntry entry, next_entry;
+        int row, next_row = left != 0 && !kPlaces ? rows(__ffs(left) - 1) : -1;
+        bool has_entry = false;
+        for (; left != 0; left &= left - 1, ++n) {
+            const int k = __ffs(left) - 1, following = __ffs(left & (left - 1)) - 1;
+            if ((there >> k & 1) == 0) {
+                if (lane == k) wait_flag(comm, flags + my_index, epoch, mine % num_ranks, kPhaseDispatch);
+                __syncwarp();
+                there = look() | 1u << k;
+            }
+            const int source = __shfl_sync(kAllLanes, mine, k) % num_ranks;
+            const int record = __shfl_sync(kAllLanes, my_record, k);
+            // What the next one needs is read before this one is told.
+            if constexpr (kPlaces) {
+                entry = has_entry ? next_entry : metadata(k);
+                has_entry = following >= 0 && (there >> following & 1) != 0;
+                if (has_entry) next_entry = metadata(following);
+                row = row_of(comm, placement, entry, source, record);
+            } else {
+                row = next_row;
+                if (following >= 0) next_row = rows(following);
+            }
+            inbox.taken[team].wait_before(n);
+            Inbox::Item& item = inbox.items[team][n % Inbox::kDepth];
+            if (lane < kNumTopk) item.rows[lane] = row < p.num_rows ? row : -1;
+            if (lane == k) item.index = my_index;
+            inbox.told[team].arrive(n);
+            if (kPlaces) note_record(placement, entry, source, record, row);
+        }
+    }
+    inbox.taken[team].wait_before(n);
+    if (lane == 0) inbox.items[team][n % Inbox::kDepth].index = -1;
+    inbox.told[team].arrive(n);
+}
+
+// A team's warps: zero the team's share of the padding rows, then convert each record that they are told of
+// into a stage, and copy the stage to each of its rows.
+__device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inbox& inbox, uint8_t* shared) {
+    const Team team;
+    const int lane = threadIdx.x % 32;
+    Ring<kStageBytes> ring(team, shared);
+    if (p.placement.layout != kTokenMajor) write_padding(p, team, ring);
+    const uint8_t* records = region<uint8_t>(p.comm, p.comm.rank, p.comm.dispatch_records);
+    uint32_t overflows = 0;
+    for (uint32_t n = 0;; ++n) {
+        inbox.told[team.number].wait(n);
+        const Inbox::Item& item = inbox.items[team.number][n % Inbox::kDepth];
+        if (item.index < 0) break;
+        const uint8_t* bytes = records + static_cast<int64_t>(item.index) * kSlotBytes;
+        uint8_t* stage = ring.stage();
+        uint32_t record_overflows = 0;
+#pragma unroll 1
+        for (int i = 0; i < kVecsPerThread; i += kBatch) {
+            LaneVec parts[kBatch];
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j)
+                parts[j] = read_record(bytes, team.vec(i + j));
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j)
+                write_part(stage, team.vec(i + j), convert(parts[j], p.quantizer, record_overflows));
+        }
+        const int row = lane < kNumTopk ? item.rows[lane] : -1;
+        overflows += record_overflows * __popc(__ballot_sync(kAllLanes, row >= 0));
+        inbox.taken[team.number].arrive(n);
+        ring.written(team);
+        if (team.is_first_warp()) {
+            write_rows(p, stage, row);
+            bulk_wait_read<kPending<1>>();
+        }
+        ring.next(team);
+    }
+    bulk_wait<0>();
+    add_overflows(p.placement.overflows, overflows);
+}

@@ -1,0 +1,4 @@
+// Experts of a token.
+#pragma once
+
+constexpr int kNumTopk = QCOMM_NUM_TOPK;

@@ -1,0 +1,108 @@
+"""Launch dispatch of few tokens: one kernel routes, sends and receives them."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.formats import WIRE_KINDS, WireFormat
+from qcomm.handle import DispatchHandle
+from qcomm.jit import KernelSpec
+from qcomm.ops.comm import Budget, Launcher, Teams, encoding, send_teams, spec, wire_constants
+from qcomm.ops.dispatch import (
+    DispatchRecvParams,
+    DispatchSendParams,
+    Routing,
+    recv_stage_bytes,
+    send_params,
+    sender_constants,
+    stays_in_bits,
+)
+from qcomm.ops.place import host_constants
+from qcomm.records import MetadataLayout, RecordLayout
+
+_MAX_TOKENS = 256
+_SENDERS = 2
+_BUDGET = Budget(warps=14, team_warps=14, registers=56, shared_bytes=88 * 1024, stages=6)
+
+
+class DispatchDecodeParams(ctypes.Structure):
+    """See `DispatchDecodeParams` in kernels/dispatch_decode.cu."""
+
+    _fields_ = (
+        ("send", DispatchSendParams),
+        ("recv", DispatchRecvParams),
+        ("send_slot", ctypes.c_uint64),
+        ("ordinals", ctypes.c_uint64),
+    )
+
+
+def dispatch_decode_spec(
+    input_kind: str, recv_dtype: str, wire: WireFormat, hidden: int, num_topk: int, index_bytes: int
+) -> KernelSpec:
+    """Build the spec of `dispatch_decode`."""
+    sharing = _teams(recv_dtype, wire, hidden, num_topk)
+    return spec(
+        "dispatch_decode",
+        "dispatch_decode",
+        input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
+        recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
+        places=1,
+        num_topk=num_topk,
+        index_bytes=index_bytes,
+        row_stage_bytes=recv_stage_bytes(recv_dtype, hidden),
+        decode_stage_bytes=sharing.stage_bytes,
+        sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
+        sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
+        sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
+        **host_constants(),
+        **sender_constants(),
+        **sharing.constants(_BUDGET),
+        **wire_constants(wire, hidden, MetadataLayout(num_topk)),
+    )
+
+
+def suits(options: DispatchOptions, num_tokens: int) -> bool:
+    """Tell whether a dispatch can be done by one kernel, and is faster by it."""
+    few = num_tokens <= _MAX_TOKENS
+    return few and options.static and not options.columnwise and stays_in_bits(options.recv_dtype, options.wire)
+
+
+def launch_decode(
+    launcher: Launcher,
+    stream: int,
+    x: WireInput,
+    handle: DispatchHandle,
+    routing: Routing,
+    recv: DispatchRecvParams,
+    options: DispatchOptions,
+) -> None:
+    """Route, send and receive; `recv` is what `Receive.prepare` returned."""
+    num_tokens, hidden = x.shape
+    num_topk = routing.topk_idx.shape[1]
+    send, kind = send_params(launcher, x, handle, routing, options.wire, options.seed)
+    params = DispatchDecodeParams(send, recv, handle.send_slot.data_ptr(), routing.ordinals.data_ptr())
+    wire = encoding(options.wire, kind)
+    sharing = _teams(options.recv_dtype, wire, hidden, num_topk)
+    kernel = launcher.kernels.get(
+        dispatch_decode_spec, kind, options.recv_dtype, wire, hidden, num_topk, routing.topk_idx.element_size()
+    )
+    shared_bytes = sharing.shared_bytes + table_bytes(launcher, num_tokens)
+    kernel.launch(launcher.num_sms, sharing.threads, shared_bytes, stream, params)
+
+
+def table_bytes(launcher: Launcher, num_tokens: int) -> int:
+    """Return the shared memory for bitmaps of routing, then for tables of counts."""
+    comm = launcher.comm
+    ranks, local = comm.num_ranks, comm.num_local_experts
+    bitmaps = (comm.num_experts + ranks) * -(-num_tokens // 32)
+    counting, counted = 2 * local + ranks + 2, (ranks + 1) + local + ranks * local + local + 1
+    return 4 * max(bitmaps, counting + counted)
+
+
+def _teams(recv_dtype: str, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
+    """Return the one team of a block, with stages for a record or a row."""
+    slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
+    stage_bytes = max(slot_bytes, recv_stage_bytes(recv_dtype, hidden))
+    return dataclasses.replace(send_teams(hidden, stage_bytes, _BUDGET, _SENDERS), count=1)
