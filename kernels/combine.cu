@@ -331,8 +331,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_DECODE_REGISTERS)
     const uint32_t epoch = comm.state->epoch + 1;
     if (threadIdx.x == 0) init(board);
     if (blockIdx.x == 0) announce(comm, epoch);
-    bool came = true;
-    if (threadIdx.x < comm.num_ranks && !timed_out(comm)) {
+    bool came = !timed_out(comm);
+    if (came && threadIdx.x < comm.num_ranks) {
         const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + threadIdx.x;
         came = blockIdx.x == 0 ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseBarrier)
                                : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseBarrier);

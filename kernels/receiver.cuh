@@ -6,8 +6,8 @@
 #include "signals.cuh"
 #include "team.cuh"
 
-// A converted row: data, then scales.
-constexpr int kStageBytes = (kRowBytes + 4 * kRowScaleWords + 15) / 16 * 16;
+// A converted row: data, then scales; in whole lines, amid which bulk copies are slow to begin.
+constexpr int kStageBytes = (kRowBytes + 4 * kRowScaleWords + 127) / 128 * 128;
 static_assert(kStageBytes == QCOMM_ROW_STAGE_BYTES, "qcomm/ops/dispatch.py computes the same");
 constexpr bool kPlaces = QCOMM_PLACES;              // whether records are given their rows here, or have them
 constexpr int kBatch = kVecsPerThread < 2 ? 1 : 2;  // vectors that are loaded together

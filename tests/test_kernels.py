@@ -420,12 +420,9 @@ def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int)
 
 
 def test_recv_stage_bytes() -> None:
-    assert [dispatch.recv_stage_bytes(dtype, 7168) for dtype in ("bf16", "fp8", "mxfp4")] == [14336, 7392, 3808]
-    assert [dispatch.recv_stage_bytes(dtype, 128) for dtype in ("bf16", "fp8", "mxfp4")] == [256, 144, 80]
-    for kind in WIRE_KINDS:
-        for hidden in range(128, 8192, 128):
-            # What a rank stages of a row is what a record of that kind holds.
-            assert dispatch.recv_stage_bytes(kind, hidden) == RecordLayout(kind, hidden).num_bytes
+    # Whole lines: copies that begin amid one are slow.
+    assert [dispatch.recv_stage_bytes(dtype, 7168) for dtype in WIRE_KINDS] == [14336, 7424, 3840]
+    assert [dispatch.recv_stage_bytes(dtype, 128) for dtype in WIRE_KINDS] == [256, 256, 128]
 
 
 def test_route_chunk() -> None:

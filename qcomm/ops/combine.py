@@ -9,6 +9,7 @@ import torch
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
+from qcomm.ops import comm
 from qcomm.ops.comm import (
     Budget,
     Comm,
@@ -29,7 +30,6 @@ _SENDERS = 1
 _MAX_CHUNKS = 12
 _IN_FLIGHT, _FLAGS_TOGETHER = 4, 2
 _DECODE_REGISTERS = 56
-_DECODE_TOKENS = 256
 
 
 class CombineSendParams(ctypes.Structure):
@@ -143,8 +143,8 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
 
 def is_decode(handle: DispatchHandle, num_ranks: int) -> bool:
     """Tell whether one kernel is faster than a barrier, a send and a receive: where tokens are few."""
-    most = _DECODE_TOKENS * num_ranks
-    return handle.num_tokens <= _DECODE_TOKENS and handle.record_src_token.shape[0] <= most
+    most = comm.DECODE_TOKENS
+    return handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * num_ranks
 
 
 def launch_decode(

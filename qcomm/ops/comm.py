@@ -20,6 +20,8 @@ MAX_HIDDEN = 40960
 _WARP_ELEMENTS = 512
 _MAX_TEAMS = 15
 """Named barriers of a block, less the one of the whole block."""
+DECODE_TOKENS = 256
+"""Most tokens of a rank for which one kernel does a whole call, because it takes less time to begin."""
 PHASES = ("barrier", "route", "dispatch", "combine")
 TIMEOUT, OVERFLOW, BAD_ROUTE = 1, 2, 3
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from qcomm.exchange import DispatchOptions, Payload, WireInput
-from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, ScaleLayout, WireFormat
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, ScaleLayout, WireFormat, WireKind
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import (
@@ -27,7 +27,7 @@ from qcomm.ops.comm import (
     wire_constants,
 )
 from qcomm.ops.place import Placement
-from qcomm.records import RECORD_ALIGNMENT, MetadataLayout, RecordLayout, align
+from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 _COLUMNWISE_THREADS = 256
@@ -112,7 +112,7 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int) -> 
 
 
 def recv_spec(
-    recv_dtype: str, columnwise: bool, wire: WireFormat, hidden: int, num_topk: int, places: bool = False
+    recv_dtype: WireKind, columnwise: bool, wire: WireFormat, hidden: int, num_topk: int, places: bool = False
 ) -> KernelSpec:
     """Build the spec of the receive kernel; one that `places` also gives the records their rows."""
     name, sharing = "dispatch_recv", _recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
@@ -148,26 +148,24 @@ def _send_teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk)), _SEND, _SENDERS)
 
 
-def _recv_teams(recv_dtype: str, wire: WireFormat, hidden: int) -> Teams:
+def _recv_teams(recv_dtype: WireKind, wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `dispatch_recv`."""
     return recv_teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
 
 
-def stays_in_bits(recv_dtype: str, wire: WireFormat) -> bool:
+def stays_in_bits(recv_dtype: WireKind, wire: WireFormat) -> bool:
     """Tell whether a receiver needs no floats, which take registers."""
     aligns = wire.kind == "mxfp4" and recv_dtype == "fp8" and not wire.hadamard
     return aligns or wire.kind == recv_dtype
 
 
-def _recv_budget(recv_dtype: str, wire: WireFormat) -> Budget:
+def _recv_budget(recv_dtype: WireKind, wire: WireFormat) -> Budget:
     return _RECV if stays_in_bits(recv_dtype, wire) else _RECV_FLOATS
 
 
-def recv_stage_bytes(recv_dtype: str, hidden: int) -> int:
-    """Return the shared memory that holds one converted row and its scales."""
-    row_bytes = {"bf16": 2 * hidden, "fp8": hidden, "mxfp4": hidden // 2}[recv_dtype]
-    scale_bytes = 0 if recv_dtype == "bf16" else 4 * hidden // FP8_GROUP_SIZE
-    return align(row_bytes + scale_bytes, RECORD_ALIGNMENT)
+def recv_stage_bytes(recv_dtype: WireKind, hidden: int) -> int:
+    """Return the shared memory that holds one converted row and its scales: what a record of its kind takes."""
+    return RecordLayout(recv_dtype, hidden).slot_bytes()
 
 
 class Routing(NamedTuple):

@@ -6,9 +6,10 @@ import ctypes
 import dataclasses
 
 from qcomm.exchange import DispatchOptions, WireInput
-from qcomm.formats import WIRE_KINDS, WireFormat
+from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
+from qcomm.ops import comm
 from qcomm.ops.comm import Budget, Launcher, Teams, encoding, send_teams, spec, wire_constants
 from qcomm.ops.dispatch import (
     DispatchRecvParams,
@@ -22,7 +23,6 @@ from qcomm.ops.dispatch import (
 from qcomm.ops.place import host_constants
 from qcomm.records import MetadataLayout, RecordLayout
 
-_MAX_TOKENS = 256
 _SENDERS = 2
 _BUDGET = Budget(warps=14, team_warps=14, registers=56, shared_bytes=88 * 1024, stages=6)
 
@@ -39,7 +39,7 @@ class DispatchDecodeParams(ctypes.Structure):
 
 
 def dispatch_decode_spec(
-    input_kind: str, recv_dtype: str, wire: WireFormat, hidden: int, num_topk: int, index_bytes: int
+    input_kind: str, recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int, index_bytes: int
 ) -> KernelSpec:
     """Build the spec of `dispatch_decode`."""
     sharing = _teams(recv_dtype, wire, hidden, num_topk)
@@ -65,7 +65,7 @@ def dispatch_decode_spec(
 
 def suits(options: DispatchOptions, num_tokens: int) -> bool:
     """Tell whether a dispatch can be done by one kernel, and is faster by it."""
-    few = num_tokens <= _MAX_TOKENS
+    few = num_tokens <= comm.DECODE_TOKENS
     return few and options.static and not options.columnwise and stays_in_bits(options.recv_dtype, options.wire)
 
 
@@ -94,14 +94,13 @@ def launch_decode(
 
 def table_bytes(launcher: Launcher, num_tokens: int) -> int:
     """Return the shared memory for bitmaps of routing, then for tables of counts."""
-    comm = launcher.comm
-    ranks, local = comm.num_ranks, comm.num_local_experts
-    bitmaps = (comm.num_experts + ranks) * -(-num_tokens // 32)
+    ranks, local = launcher.comm.num_ranks, launcher.comm.num_local_experts
+    bitmaps = (launcher.comm.num_experts + ranks) * -(-num_tokens // 32)
     counting, counted = 2 * local + ranks + 2, (ranks + 1) + local + ranks * local + local + 1
     return 4 * max(bitmaps, counting + counted)
 
 
-def _teams(recv_dtype: str, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
+def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the one team of a block, with stages for a record or a row."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
     stage_bytes = max(slot_bytes, recv_stage_bytes(recv_dtype, hidden))
