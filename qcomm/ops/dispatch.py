@@ -130,7 +130,7 @@ def recv_spec(
     return spec(
         name,
         name,
-        recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
+        recv=[*WIRE_KINDS].index(recv_dtype),
         num_topk=num_topk,
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         **sharing,

@@ -47,7 +47,7 @@ def dispatch_decode_spec(
         "dispatch_decode",
         "dispatch_decode",
         input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
-        recv=[*WIRE_KINDS].index(recv_dtype),  # type: ignore[arg-type]
+        recv=[*WIRE_KINDS].index(recv_dtype),
         places=1,
         num_topk=num_topk,
         index_bytes=index_bytes,
