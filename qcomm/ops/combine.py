@@ -28,7 +28,7 @@ from qcomm.records import RecordLayout
 _SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
 _SENDERS = 1
 _MAX_CHUNKS = 12
-_IN_FLIGHT, _FLAGS_TOGETHER = 4, 2
+_IN_FLIGHT, _FLAGS_TOGETHER = 8, 4
 _DECODE_REGISTERS = 56
 
 
