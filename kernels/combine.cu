@@ -195,20 +195,31 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
     }
 }
 
-// The warps that send: a lane has the one destination of each record.
-__device__ __forceinline__ void send_sums(uint32_t epoch, int num_records, SumBoard& board, uint8_t* stages) {
+// The warps that send: a lane has the one destination of each record. If the call is not known to have begun
+// on every rank, they wait for that first.
+template <bool kBegins>
+__device__ __forceinline__ void send_sums(const Comm& comm, uint32_t epoch, int num_records, SumBoard& board,
+                                          uint8_t* stages) {
     Sender sender(board.outbox, stages, epoch);
+    const int lane = threadIdx.x % 32;
+    bool came = true;
+    if (kBegins && lane < comm.num_ranks) {
+        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + lane;
+        came = blockIdx.x == 0 && sender.number() == 0 ? wait_for_peer(comm, flag, epoch, lane, kPhaseBarrier)
+                                                       : wait_flag(comm, flag, epoch, lane, kPhaseBarrier);
+    }
+    const bool sends = __all_sync(kAllLanes, came) && lane == 0;
     for (uint32_t n = sender.number(); n < num_records; n += kSenders) {
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
-        const bool sends = threadIdx.x % 32 == 0;
         sender.next();
         sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, kRecordBytes);
     }
     sender.finish();
 }
 
-// All warps of a block of sender's, by their roles.
+// All warps of a sending block, by their roles.
+template <bool kBegins>
 __device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, uint32_t epoch, SumBoard& board,
                                                 uint8_t* shared) {
     const BlockRecords records(p);
@@ -220,7 +231,7 @@ __device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, uint
     } else if (role == 0) {
         load_rows(p, records, num_records, board, shared);
     } else {
-        send_sums(epoch, num_records, board, stages);
+        send_sums<kBegins>(p.comm, epoch, num_records, board, stages);
     }
 }
 
@@ -302,7 +313,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     __shared__ SumBoard board;
     if (threadIdx.x == 0) init(board);
     if (__syncthreads_or(timed_out(p.comm))) return;
-    reduce_and_send(p, p.comm.state->epoch, board, shared);
+    reduce_and_send<false>(p, p.comm.state->epoch, board, shared);
 }
 
 // Any grid, QCOMM_RECV_THREADS threads.
@@ -320,10 +331,10 @@ struct CombineDecodeParams {
 static_assert(sizeof(CombineDecodeParams) == QCOMM_SIZEOF_COMBINE_DECODE,
               "qcomm/ops/combine.py holds the same");
 
-// A barrier, then what combine_send and combine_recv do, by one kernel: for few tokens, where what counts is
-// how long one takes. Any grid whose blocks are on the GPU at the same time; block and dynamic shared memory
-// of combine_send. Counts the call in state->epoch.
-extern "C" __global__ void __maxnreg__(QCOMM_DECODE_REGISTERS)
+// What barrier, combine_send and combine_recv do, by one kernel: for few tokens, where what counts is how
+// long one takes. Any grid whose blocks are on the GPU at the same time; block and dynamic shared memory of
+// combine_send. Counts the call in state->epoch.
+extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     combine_decode(const __grid_constant__ CombineDecodeParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ SumBoard board;
@@ -331,14 +342,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_DECODE_REGISTERS)
     const uint32_t epoch = comm.state->epoch + 1;
     if (threadIdx.x == 0) init(board);
     if (blockIdx.x == 0) announce(comm, epoch);
-    bool came = !timed_out(comm);
-    if (came && threadIdx.x < comm.num_ranks) {
-        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + threadIdx.x;
-        came = blockIdx.x == 0 ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseBarrier)
-                               : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseBarrier);
-    }
-    if (__syncthreads_and(came)) {
-        reduce_and_send(p.send, epoch, board, shared);
+    if (!__syncthreads_or(timed_out(comm))) {
+        reduce_and_send<true>(p.send, epoch, board, shared);
         add_sums(p.recv, epoch);
     }
     end_call(comm, epoch);

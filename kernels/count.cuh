@@ -3,24 +3,45 @@
 
 #include "place.cuh"
 
-// Waits for every rank's counts; returns false past the deadline. Call from all threads of a block; one of
-// the call notes how long each peer kept it waiting.
-__device__ __forceinline__ bool wait_for_counts(const Comm& comm, uint32_t epoch, bool notes) {
-    bool came = true;
-    if (threadIdx.x < comm.num_ranks) {
-        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.route_flags) + threadIdx.x;
-        came = notes ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseRoute)
-                     : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
+// The threads of a block that work on something together.
+struct WholeBlock {
+    __device__ __forceinline__ int size() const { return blockDim.x; }
+    __device__ __forceinline__ void sync() const { __syncthreads(); }
+};
+
+// The first kThreads of them; nobody else uses the barrier.
+template <int kThreads>
+struct FirstThreads {
+    __device__ __forceinline__ int size() const { return kThreads; }
+    __device__ __forceinline__ void sync() const { barrier_sync<kThreads>(15); }
+};
+
+// Waits for every rank's counts; returns false past the deadline. Call from all threads of a group, of a warp
+// at least; one of the call notes how long each peer kept it waiting. `came` is shared memory.
+template <typename Group>
+__device__ __forceinline__ bool wait_for_counts(const Comm& comm, const Group& group, uint32_t epoch,
+                                                bool notes, uint32_t* came) {
+    if (threadIdx.x < 32) {
+        bool mine = true;
+        if (threadIdx.x < comm.num_ranks) {
+            const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.route_flags) + threadIdx.x;
+            mine = notes ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseRoute)
+                         : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
+        }
+        const bool all = __all_sync(0xffffffffu, mine);
+        if (threadIdx.x == 0) *came = all;
     }
-    return __syncthreads_and(came);
+    group.sync();
+    return *came != 0;
 }
 
 // Says how many records and rows there will be and where each source's rows of an expert begin, from the
 // counts that every rank has sent. Call from all threads of one block, of two warps at least; `table` is
 // shared memory, 2 * num_local_experts + num_ranks + 2 words. A static receive short of rows leaves a notice,
 // if this block `reports`.
-__device__ __forceinline__ void count_records(const Comm& comm, const Placement& p, uint32_t epoch,
-                                              int32_t* table, bool reports) {
+template <typename Group>
+__device__ __forceinline__ void count_records(const Comm& comm, const Group& group, const Placement& p,
+                                              uint32_t epoch, int32_t* table, bool reports) {
     const int num_ranks = comm.num_ranks, num_local = comm.num_local_experts;
     int32_t* start = table;                  // [num_local + 1]
     int32_t* total = start + num_local + 1;  // [num_local]
@@ -28,7 +49,7 @@ __device__ __forceinline__ void count_records(const Comm& comm, const Placement&
     const auto count_of = [&](int source, int word) {
         return counts_of(comm, comm.rank, epoch, source)[word];
     };
-    for (int expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
+    for (int expert = threadIdx.x; expert < num_local; expert += group.size()) {
         int sum = 0;
         for (int source = 0; source < num_ranks; ++source)
             sum += count_of(source, 2 + expert);
@@ -39,7 +60,7 @@ __device__ __forceinline__ void count_records(const Comm& comm, const Placement&
         for (int source = 0; source < num_ranks; ++source)
             offsets[source + 1] = offsets[source] + count_of(source, 1);
     }
-    __syncthreads();
+    group.sync();
     if (threadIdx.x < 32) {
         const int lane = threadIdx.x;
         int most = 0;
@@ -61,9 +82,9 @@ __device__ __forceinline__ void count_records(const Comm& comm, const Placement&
             end += __shfl_sync(0xffffffffu, sum, 31);
         }
     }
-    __syncthreads();
+    group.sync();
 
-    for (int expert = threadIdx.x; expert < num_local; expert += blockDim.x) {
+    for (int expert = threadIdx.x; expert < num_local; expert += group.size()) {
         int row = start[expert];
         for (int source = 0; source < num_ranks; ++source) {
             p.source_starts[source * num_local + expert] = row;
@@ -75,12 +96,12 @@ __device__ __forceinline__ void count_records(const Comm& comm, const Placement&
         p.num_tokens_per_expert[expert] = fit;
         if (p.host != nullptr) p.host[QCOMM_HOST_FIXED + num_ranks + 1 + expert] = total[expert];
     }
-    for (int source = threadIdx.x; source <= num_ranks; source += blockDim.x) {
+    for (int source = threadIdx.x; source <= num_ranks; source += group.size()) {
         p.recv_offsets[source] = offsets[source];
         if (p.host != nullptr) p.host[QCOMM_HOST_FIXED + source] = offsets[source];
     }
     if (p.group_offsets != nullptr) {
-        for (int expert = threadIdx.x; expert <= num_local; expert += blockDim.x)
+        for (int expert = threadIdx.x; expert <= num_local; expert += group.size())
             p.group_offsets[expert] = min(start[expert], p.capacity);
     }
     if (threadIdx.x == 0 && reports) {

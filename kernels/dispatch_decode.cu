@@ -16,14 +16,16 @@ struct DispatchDecodeParams {
 };
 
 static_assert(sizeof(DispatchDecodeParams) == QCOMM_SIZEOF_DISPATCH_DECODE,
-              "qcomm/ops/decode.py holds the same");
+              "qcomm/ops/dispatch_decode.py holds the same");
 
 // What a block knows of the call, in shared memory besides the stages: where its copy of the counts lies.
 struct Decode {
     Outbox outbox;
     Inbox inbox;
+    Signals<1> counted;
     DispatchRecvParams recv;  // with the placement's counts in shared memory
     int first_bad;
+    uint32_t came;
 };
 
 // Numbers this block's tokens; every block looks at all tokens of the rank. Block 0 also publishes the
@@ -60,66 +62,77 @@ __device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint
     __syncthreads();
 }
 
-// Any grid whose blocks are on the GPU at the same time; kWorkers warps and kSenders more. Dynamic shared
-// memory, 128-byte aligned: kStages stages of a record or a row, whichever is larger; where tables of counts
-// lie, first the bitmaps of routing. A block routes and sends its tokens, then receives its records. Counts
-// the call in state->epoch.
+// Counts what comes into tables of this block, and notes it; returns false past the deadline. Call from the
+// workers.
+__device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
+                                             int32_t* table) {
+    const Comm& comm = p.send.comm;
+    const Placement& placement = p.recv.placement;
+    const FirstThreads<32 * kWorkers> workers;
+    const int num_local = comm.num_local_experts, num_ranks = comm.num_ranks;
+    Placement& mine = decode.recv.placement;
+    if (threadIdx.x == 32 * (kWorkers - 1)) {
+        decode.recv = p.recv;
+        mine.recv_offsets = table + 2 * num_local + num_ranks + 2;
+        mine.num_tokens_per_expert = mine.recv_offsets + num_ranks + 1;
+        mine.source_starts = mine.num_tokens_per_expert + num_local;
+        if (placement.group_offsets != nullptr)
+            mine.group_offsets = mine.source_starts + num_ranks * num_local;
+    }
+    if (!wait_for_counts(comm, workers, epoch, blockIdx.x == 0, &decode.came)) return false;
+    count_records(comm, workers, mine, epoch, table, blockIdx.x == 0);
+    workers.sync();
+    if (blockIdx.x != 0) return true;
+    for (int i = threadIdx.x; i <= num_ranks; i += workers.size())
+        placement.recv_offsets[i] = mine.recv_offsets[i];
+    for (int i = threadIdx.x; i < num_local; i += workers.size())
+        placement.num_tokens_per_expert[i] = mine.num_tokens_per_expert[i];
+    for (int i = threadIdx.x; placement.group_offsets != nullptr && i <= num_local; i += workers.size())
+        placement.group_offsets[i] = mine.group_offsets[i];
+    return true;
+}
+
+// Any grid whose blocks are on the GPU at the same time; kWorkers warps and kSenders more, the last of which
+// also tells of the records that come. Dynamic shared memory, 128-byte aligned: kStages stages of records,
+// kStages of rows; then the bitmaps of routing, and later, in their place, tables of counts. A block routes
+// and sends its tokens, and receives its records while its own are on their way. Counts the call in
+// state->epoch.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_decode(const __grid_constant__ DispatchDecodeParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ Decode decode;
     const Comm& comm = p.send.comm;
-    const Placement& placement = p.recv.placement;
     const uint32_t epoch = comm.state->epoch + 1;
-    int32_t* tables = reinterpret_cast<int32_t*>(shared + kStages * QCOMM_DECODE_STAGE_BYTES);
+    uint8_t* rows = shared + kStages * kSlotBytes;
+    int32_t* table = reinterpret_cast<int32_t*>(rows + kStages * kStageBytes);
     if (threadIdx.x == 0) {
         decode.outbox.init();
         decode.inbox.init();
+        decode.counted.init(kWorkers);
     }
     if (blockIdx.x == 0) {
         announce(comm, epoch);
         // Before this rank's route flag, for which every block waits.
-        if (threadIdx.x < 2) placement.overflows[threadIdx.x] = 0;
+        if (threadIdx.x < 2) p.recv.placement.overflows[threadIdx.x] = 0;
     }
     if (__syncthreads_or(timed_out(comm))) return;
-    route_tokens(p, epoch, decode, reinterpret_cast<uint32_t*>(tables));
-    if (threadIdx.x >= 32 * kWorkers) {
-        send_records(p.send, epoch, decode.outbox, shared);
+    const bool works = threadIdx.x < 32 * kWorkers;
+    Encoder encoder(p.send);
+    if (works) encoder.begin();
+    route_tokens(p, epoch, decode, reinterpret_cast<uint32_t*>(table));
+    if (works) {
+        encoder.encode(decode.outbox, shared);
+        const bool came = count_tokens(p, epoch, decode, table);
+        decode.counted.arrive(0);
+        if (came) {
+            note_rest(comm, decode.recv.placement, 32 * kWorkers);
+            convert_records(decode.recv, decode.inbox, rows);
+        }
     } else {
-        encode_tokens(p.send, decode.outbox, shared);
-    }
-
-    const bool ready = wait_for_counts(comm, epoch, blockIdx.x == 0);
-    if (ready) {
-        const int num_local = comm.num_local_experts, num_ranks = comm.num_ranks;
-        int32_t* counted = tables + 2 * num_local + num_ranks + 2;
-        if (threadIdx.x == 0) {
-            decode.recv = p.recv;
-            Placement& mine = decode.recv.placement;
-            mine.recv_offsets = counted;
-            mine.num_tokens_per_expert = mine.recv_offsets + num_ranks + 1;
-            mine.source_starts = mine.num_tokens_per_expert + num_local;
-            if (placement.group_offsets != nullptr)
-                mine.group_offsets = mine.source_starts + num_ranks * num_local;
-        }
-        __syncthreads();
-        const Placement& mine = decode.recv.placement;
-        count_records(comm, mine, epoch, tables, blockIdx.x == 0);
-        __syncthreads();
-        if (blockIdx.x == 0) {
-            for (int i = threadIdx.x; i <= num_ranks; i += blockDim.x)
-                placement.recv_offsets[i] = mine.recv_offsets[i];
-            for (int i = threadIdx.x; i < num_local; i += blockDim.x)
-                placement.num_tokens_per_expert[i] = mine.num_tokens_per_expert[i];
-            for (int i = threadIdx.x; placement.group_offsets != nullptr && i <= num_local; i += blockDim.x)
-                placement.group_offsets[i] = mine.group_offsets[i];
-        }
-        note_rest(comm, mine);
-        const int warp = threadIdx.x / 32;
-        if (warp < kWorkers) {
-            convert_records(decode.recv, decode.inbox, shared);
-        } else if (warp == kWorkers) {
-            tell_records(decode.recv, epoch, decode.inbox, 0);
+        send_records(p.send, epoch, decode.outbox, shared);
+        if (threadIdx.x / 32 == kWorkers + kSenders - 1) {
+            decode.counted.wait(0);
+            if (decode.came != 0) tell_records(decode.recv, epoch, decode.inbox, 0);
         }
     }
     end_call(comm, epoch);

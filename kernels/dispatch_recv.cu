@@ -11,7 +11,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.comm;
     if (threadIdx.x == 0) inbox.init();
     if (__syncthreads_or(timed_out(comm))) return;
-    if (kPlaces) note_rest(comm, p.placement);
+    if (kPlaces) note_rest(comm, p.placement, blockDim.x);
     const int team = static_cast<int>(threadIdx.x / 32) - kTeams * kTeamWarps;
     if (team >= 0) {
         tell_records(p, comm.state->epoch, inbox, team);

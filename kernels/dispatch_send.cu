@@ -15,6 +15,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     if (threadIdx.x >= 32 * kWorkers) {
         send_records(p, p.comm.state->epoch, outbox, shared);
     } else {
-        encode_tokens(p, outbox, shared);
+        Encoder encoder(p);
+        encoder.begin();
+        encoder.encode(outbox, shared);
     }
 }

@@ -168,27 +168,40 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
 
 // A team's warps, each on its own part: encode every kTeams-th of the block's tokens, and read the next
 // meanwhile.
-__device__ __forceinline__ void encode_tokens(const DispatchSendParams& p, Outbox& outbox, uint8_t* shared) {
-    const Team team;
-    const auto write = [&](uint8_t* stage, LaneVec in, int token, int vec) {
-        write_record(stage, encode_input(in, p.quantizer, token, vec), vec);
-    };
-    LaneVec next;
-    if (kLoadsAhead && team.index < p.num_tokens) next = read_input(p, team.index, team.thread);
-    uint32_t n = team.number;
-    for (int token = team.index; token < p.num_tokens; token += team.count, n += kTeams) {
-        const int following = token + team.count;
-        const LaneVec ahead = next;
-        if (kLoadsAhead && following < p.num_tokens) next = read_input(p, following, team.thread);
-        outbox.read.wait_before(n);
-        uint8_t* stage = stage_of(shared, n);
-        if constexpr (kLoadsAhead) {
-            write(stage, ahead, token, team.thread);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < kVecsPerThread; ++i)
-                write(stage, read_input(p, token, team.vec(i)), token, team.vec(i));
-        }
-        outbox.hand_over(n);
+class Encoder {
+  public:
+    __device__ __forceinline__ explicit Encoder(const DispatchSendParams& p) : p_(p) {}
+
+    // Begins to read the first token.
+    __device__ __forceinline__ void begin() {
+        if (kLoadsAhead && team_.index < p_.num_tokens) next_ = read_input(p_, team_.index, team_.thread);
     }
-}
+
+    __device__ __forceinline__ void encode(Outbox& outbox, uint8_t* shared) {
+        uint32_t n = team_.number;
+        for (int token = team_.index; token < p_.num_tokens; token += team_.count, n += kTeams) {
+            const int following = token + team_.count;
+            const LaneVec ahead = next_;
+            if (kLoadsAhead && following < p_.num_tokens) next_ = read_input(p_, following, team_.thread);
+            outbox.read.wait_before(n);
+            uint8_t* stage = stage_of(shared, n);
+            if constexpr (kLoadsAhead) {
+                write(stage, ahead, token, team_.thread);
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < kVecsPerThread; ++i)
+                    write(stage, read_input(p_, token, team_.vec(i)), token, team_.vec(i));
+            }
+            outbox.hand_over(n);
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void write(uint8_t* stage, LaneVec in, int token, int vec) const {
+        write_record(stage, encode_input(in, p_.quantizer, token, vec), vec);
+    }
+
+    const DispatchSendParams& p_;
+    const Team team_;
+    LaneVec next_;
+};

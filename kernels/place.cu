@@ -20,8 +20,9 @@ extern "C" __global__ void count(const __grid_constant__ PlaceParams params) {
     const Comm& comm = params.comm;
     const Placement& p = params.placement;
     const uint32_t epoch = comm.state->epoch;
-    const bool ready = wait_for_counts(comm, epoch, true);
-    if (ready) count_records(comm, p, epoch, table, true);
+    __shared__ uint32_t came;
+    const bool ready = wait_for_counts(comm, WholeBlock(), epoch, true, &came);
+    if (ready) count_records(comm, WholeBlock(), p, epoch, table, true);
     if (threadIdx.x < 2) p.overflows[threadIdx.x] = 0;
     if (p.host == nullptr) return;
     __threadfence_system();
@@ -64,5 +65,5 @@ extern "C" __global__ void __launch_bounds__(256) place(const __grid_constant__ 
                 note_padding(p, row);
         }
     }
-    note_rest(comm, p);
+    note_rest(comm, p, blockDim.x);
 }

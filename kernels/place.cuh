@@ -89,12 +89,13 @@ __device__ __forceinline__ void note_padding(const Placement& p, int row) {
     if (p.row_weights != nullptr) p.row_weights[row] = 0.0f;
 }
 
-// Notes which rows of a static result hold nothing because they are past the last group.
-__device__ __forceinline__ void note_rest(const Comm& comm, const Placement& p) {
+// Notes which rows of a static result hold nothing because they are past the last group. Call from the first
+// num_threads threads of every block.
+__device__ __forceinline__ void note_rest(const Comm& comm, const Placement& p, int num_threads) {
     if (!p.is_static) return;
     const int end =
         p.layout == kTokenMajor ? p.recv_offsets[comm.num_ranks] : p.group_offsets[comm.num_local_experts];
-    for (int row = end + blockIdx.x * blockDim.x + threadIdx.x; row < p.capacity;
-         row += gridDim.x * blockDim.x)
+    for (int row = end + blockIdx.x * num_threads + threadIdx.x; row < p.capacity;
+         row += gridDim.x * num_threads)
         note_padding(p, row);
 }

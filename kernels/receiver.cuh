@@ -81,12 +81,14 @@ struct Inbox {
     };
 
     Item items[kTeams][kDepth];
-    Signals<kDepth> told[kTeams];
+    Signals<kDepth> told[kTeams];    // the record is there
+    Signals<kDepth> placed[kTeams];  // and its rows are known
     Signals<kDepth> taken[kTeams];
 
     __device__ __forceinline__ void init() {
         for (int team = 0; team < kTeams; ++team) {
             told[team].init(1);
+            placed[team].init(1);
             taken[team].init(kTeamWarps);
         }
     }
@@ -142,9 +144,13 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
                 __syncwarp();
                 there = look() | 1u << k;
             }
+            inbox.taken[team].wait_before(n);
+            Inbox::Item& item = inbox.items[team][n % Inbox::kDepth];
+            if (lane == k) item.index = my_index;
+            inbox.told[team].arrive(n);
             const int source = __shfl_sync(kAllLanes, mine, k) % num_ranks;
             const int record = __shfl_sync(kAllLanes, my_record, k);
-            // What the next one needs is read before this one is told.
+            // What the next one needs is read before this one is placed.
             if constexpr (kPlaces) {
                 entry = has_entry ? next_entry : metadata(k);
                 has_entry = following >= 0 && (there >> following & 1) != 0;
@@ -154,11 +160,8 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
                 row = next_row;
                 if (following >= 0) next_row = rows(following);
             }
-            inbox.taken[team].wait_before(n);
-            Inbox::Item& item = inbox.items[team][n % Inbox::kDepth];
             if (lane < kNumTopk) item.rows[lane] = row < p.num_rows ? row : -1;
-            if (lane == k) item.index = my_index;
-            inbox.told[team].arrive(n);
+            inbox.placed[team].arrive(n);
             if (kPlaces) note_record(placement, entry, source, record, row);
         }
     }
@@ -193,16 +196,22 @@ __device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inb
             for (int j = 0; j < kBatch; ++j)
                 write_part(stage, team.vec(i + j), convert(parts[j], p.quantizer, record_overflows));
         }
-        const int row = lane < kNumTopk ? item.rows[lane] : -1;
-        overflows += record_overflows * __popc(__ballot_sync(kAllLanes, row >= 0));
-        inbox.taken[team.number].arrive(n);
         ring.written(team);
+        const bool overflowed = __any_sync(kAllLanes, record_overflows != 0);
+        int row = -1;
+        if (team.is_first_warp() || overflowed) {
+            inbox.placed[team.number].wait(n);
+            if (lane < kNumTopk) row = item.rows[lane];
+        }
+        if (overflowed) overflows += record_overflows * __popc(__ballot_sync(kAllLanes, row >= 0));
+        inbox.taken[team.number].arrive(n);
         if (team.is_first_warp()) {
             write_rows(p, stage, row);
             bulk_wait_read<kPending<1>>();
         }
         ring.next(team);
     }
-    bulk_wait<0>();
+    // What is under way is written when the kernel ends.
+    bulk_wait_read<0>();
     add_overflows(p.placement.overflows, overflows);
 }

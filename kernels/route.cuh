@@ -10,35 +10,21 @@ using Index = int64_t;
 using Index = int32_t;
 #endif
 
-// Loads a token's experts; a token that names one out of range, or one twice, goes nowhere and is reported as
-// bad.
-__device__ __forceinline__ bool load_experts(const Comm& comm, const Index* topk_idx, int token,
-                                             int (&experts)[kNumTopk]) {
+// More experts than these are read again rather than kept in registers.
+constexpr int kUnrolled = kNumTopk <= 8 ? kNumTopk : 1;
+
+// Tells whether a token names an expert out of range, or one twice; such a token goes nowhere.
+__device__ __forceinline__ bool is_bad(const Comm& comm, const Index* experts) {
     bool bad = false;
-#pragma unroll
+#pragma unroll kUnrolled
     for (int j = 0; j < kNumTopk; ++j) {
-        const Index id = topk_idx[static_cast<int64_t>(token) * kNumTopk + j];
+        const Index id = experts[j];
         bad |= id < -1 || id >= comm.num_experts;
-        experts[j] = static_cast<int>(id);
-#pragma unroll
+#pragma unroll kUnrolled
         for (int i = 0; i < j; ++i)
-            bad |= experts[i] == experts[j] && experts[j] >= 0;
-    }
-    if (bad) {
-#pragma unroll
-        for (int j = 0; j < kNumTopk; ++j)
-            experts[j] = -1;
+            bad |= experts[i] == id && id >= 0;
     }
     return bad;
-}
-
-__device__ __forceinline__ uint32_t ranks_of(const Comm& comm, const int (&experts)[kNumTopk]) {
-    uint32_t ranks = 0;
-#pragma unroll
-    for (int j = 0; j < kNumTopk; ++j) {
-        if (experts[j] >= 0) ranks |= 1u << (experts[j] / comm.num_local_experts);
-    }
-    return ranks;
 }
 
 // For every expert and rank, a bitmap of the tokens [begin, end) that go there.
@@ -52,17 +38,23 @@ struct RouteMap {
     __device__ __forceinline__ int fill(const Index* topk_idx, int end) const {
         int first_bad = kNoBadToken;
         for (int token = begin + threadIdx.x; token < end; token += blockDim.x) {
-            int experts[kNumTopk];
-            if (load_experts(comm, topk_idx, token, experts)) first_bad = min(first_bad, token);
+            const Index* experts = topk_idx + static_cast<int64_t>(token) * kNumTopk;
+            if (is_bad(comm, experts)) {
+                first_bad = min(first_bad, token);
+                continue;
+            }
             const int word = (token - begin) / 32;
             const uint32_t bit = 1u << ((token - begin) % 32);
-#pragma unroll
+            uint32_t ranks = 0;
+#pragma unroll kUnrolled
             for (int j = 0; j < kNumTopk; ++j) {
-                if (experts[j] >= 0) atomicOr(bits + experts[j] * words + word, bit);
+                const int expert = static_cast<int>(experts[j]);
+                if (expert < 0) continue;
+                atomicOr(bits + expert * words + word, bit);
+                ranks |= 1u << (expert / comm.num_local_experts);
             }
-            for (uint32_t ranks = ranks_of(comm, experts); ranks != 0; ranks &= ranks - 1) {
+            for (; ranks != 0; ranks &= ranks - 1)
                 atomicOr(bits + (comm.num_experts + __ffs(ranks) - 1) * words + word, bit);
-            }
         }
         return first_bad;
     }

@@ -65,7 +65,6 @@ __device__ __forceinline__ bool wait_for_peer(const Comm& comm, const uint32_t* 
 __device__ __forceinline__ void end_call(const Comm& comm, uint32_t epoch) {
     __syncthreads();
     if (threadIdx.x != 0) return;
-    __threadfence();
     if (atomicAdd(&comm.state->blocks_done, 1u) == gridDim.x - 1) {
         comm.state->blocks_done = 0;
         comm.state->epoch = epoch;

@@ -26,10 +26,11 @@ from qcomm.ops.comm import (
 from qcomm.records import RecordLayout
 
 _SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
+_DECODE = Budget(warps=14, team_warps=14, registers=56, shared_bytes=96 * 1024, stages=6)
 _SENDERS = 1
 _MAX_CHUNKS = 12
 _IN_FLIGHT, _FLAGS_TOGETHER = 8, 4
-_DECODE_REGISTERS = 56
+_DECODE_IN_FLIGHT, _DECODE_FLAGS_TOGETHER = 2, 1
 
 
 class CombineSendParams(ctypes.Structure):
@@ -66,7 +67,8 @@ class CombineDecodeParams(ctypes.Structure):
 
 def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
-    sharing = _send_teams(wire, hidden)
+    decodes = name == "combine_decode"
+    sharing, budget = _send_teams(wire, hidden, decodes=decodes), _DECODE if decodes else _SEND
     return spec(
         "combine",
         name,
@@ -74,13 +76,12 @@ def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
         recv_threads=_recv_threads(wire),
-        decode_registers=_DECODE_REGISTERS,
         senders=_SENDERS,
-        in_flight=_IN_FLIGHT,
-        flags_together=_FLAGS_TOGETHER,
+        in_flight=_DECODE_IN_FLIGHT if decodes else _IN_FLIGHT,
+        flags_together=_DECODE_FLAGS_TOGETHER if decodes else _FLAGS_TOGETHER,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
-        **sharing.constants(_SEND),
+        **sharing.constants(budget),
         **wire_constants(wire, hidden),
     )
 
@@ -90,9 +91,10 @@ def _recv_threads(wire: WireFormat) -> int:
     return 256 if wire.hadamard else 384
 
 
-def _send_teams(wire: WireFormat, hidden: int) -> Teams:
-    """Return the teams of a block of `combine_send`."""
-    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(), _SEND, _SENDERS, _MAX_CHUNKS)
+def _send_teams(wire: WireFormat, hidden: int, *, decodes: bool = False) -> Teams:
+    """Return the teams of a block of `combine_send` or `combine_decode`."""
+    slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes()
+    return send_teams(hidden, slot_bytes, _DECODE if decodes else _SEND, _SENDERS, _MAX_CHUNKS)
 
 
 def _send_params(
@@ -159,7 +161,7 @@ def launch_decode(
     """Sum, send, receive and add, by one kernel."""
     hidden = y.shape[-1]
     out = _allocate(handle, hidden)
-    sharing = _send_teams(wire, hidden)
+    sharing = _send_teams(wire, hidden, decodes=True)
     kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden)
     params = CombineDecodeParams(
         _send_params(launcher, y, handle, wire, weighted, seed),

@@ -52,7 +52,6 @@ def dispatch_decode_spec(
         num_topk=num_topk,
         index_bytes=index_bytes,
         row_stage_bytes=recv_stage_bytes(recv_dtype, hidden),
-        decode_stage_bytes=sharing.stage_bytes,
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
@@ -101,7 +100,7 @@ def table_bytes(launcher: Launcher, num_tokens: int) -> int:
 
 
 def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
-    """Return the one team of a block, with stages for a record or a row."""
+    """Return the one team of a block, with stages that hold a record and a row."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
-    stage_bytes = max(slot_bytes, recv_stage_bytes(recv_dtype, hidden))
+    stage_bytes = slot_bytes + recv_stage_bytes(recv_dtype, hidden)
     return dataclasses.replace(send_teams(hidden, stage_bytes, _BUDGET, _SENDERS), count=1)
