@@ -21,6 +21,7 @@ from qcomm.records import MetadataLayout, RecordLayout
 
 sys.path.insert(0, str(resources.find("benchmarks")))
 
+import bench_beside
 import harness
 import oracle
 import plot_exchange
@@ -151,6 +152,19 @@ def test_overlap() -> None:
     assert [row[: len(words)] for row, words in zip(rows[3:], want, strict=True)] == want
 
 
+@pytest.mark.mpi
+def test_beside() -> None:
+    rows = bench("beside", *TINY, "--wire", "mxfp4,bf16", launcher=mpirun(2))
+    calls = ("gemm", "dispatch", "gemm beside dispatch", "combine", "gemm beside combine")
+    want = [[*call.split(), wire] for wire in ("mxfp4", "bf16") for call in calls]
+    assert [row[: len(words)] for row, words in zip(rows[3:], want, strict=True)] == want
+
+
+def test_loss() -> None:
+    assert bench_beside.loss(100.0, 125.0) == pytest.approx(0.2)
+    assert [bench_beside._repeats(*times) for times in ((100.0, 1000.0), (100.0, 30.0))] == [1, 7]
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = resources.find("benchmarks") / "results" / "decode-h200-x2.jsonl"
@@ -220,7 +234,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("name", ["dispatch", "combine", "decode", "overlap"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "decode", "overlap", "beside"])
 def test_on_gpus(name: str, num_ranks: int, tmp_path: Path) -> None:
     need_gpus(num_ranks)
     path = tmp_path / "lines.jsonl"
