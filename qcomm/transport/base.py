@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -10,6 +11,18 @@ from qcomm.errors import QcommError, QcommOverflowError, QcommPeerError, QcommRo
 from qcomm.exchange import DispatchOptions, Payload, WireInput, describe_bad_route
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle, Event, Received
+
+
+class Ending(NamedTuple):
+    """How a call ends.
+
+    Attributes:
+        event: after all that the call launched.
+        receive: of a split call, launches the rest of it on the current stream; else None.
+    """
+
+    event: Event
+    receive: Callable[[], None] | None = None
 
 
 class Transport(Protocol):
@@ -24,10 +37,10 @@ class Transport(Protocol):
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None,
         options: DispatchOptions,
-    ) -> tuple[Received, DispatchHandle, Event]:
+    ) -> tuple[Received, DispatchHandle, Ending]:
         """Route, send and receive."""
 
-    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
+    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Ending]:
         """Send and receive along a known route."""
 
     def combine(
@@ -38,7 +51,8 @@ class Transport(Protocol):
         weighted: bool,
         seed: int,
         async_op: bool,
-    ) -> tuple[torch.Tensor, Event]:
+        split: bool,
+    ) -> tuple[torch.Tensor, Ending]:
         """Sum rows per token and return the sums to the tokens' ranks."""
 
     symmetric_bytes: int
