@@ -453,18 +453,18 @@ class Buffer:
             raise failure
 
     def stats(self) -> BufferStats:
-        """Return what this rank's last calls moved, and how many there were.
+        """Return what this rank's last calls moved, how many there were, and how long they waited for each peer.
 
         Calls only keep a reference to what they returned; the figures are computed here, which waits for the device.
 
         Raises:
             QcommError: a hook is outstanding, without which there is nothing to count.
         """
-        self._idle()
+        transport = self._idle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        member, config = self._member, self._config
-        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, config.hidden)
+        member, hidden = self._member, self._config.hidden
+        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, hidden, transport.waited_ns())
 
     def reset(self) -> None:
         """Make the buffer usable after a timeout: forget calls in flight, and every handle and hook. Collective.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,7 +28,7 @@ class Ending(NamedTuple):
 class Transport(Protocol):
     """One backend of one Buffer.
 
-    Arguments were checked by the Buffer; every method but `check` and `abandon` is collective.
+    Arguments were checked by the Buffer; every method but `check`, `waited_ns` and `abandon` is collective.
     """
 
     def dispatch(
@@ -59,6 +59,9 @@ class Transport(Protocol):
 
     def check(self) -> QcommError | None:
         """Take the failure noted since the last check, if any."""
+
+    def waited_ns(self) -> Sequence[int]:
+        """Read how long this rank waited for each to begin its calls, since it was made or reset; 0 if not measured."""
 
     def reset(self, generation: int) -> None:
         """Make the transport usable again after a failure."""

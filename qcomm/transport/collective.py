@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -88,6 +89,9 @@ class CollectiveTransport:
             if failure is not None:
                 return failure
         return None
+
+    def waited_ns(self) -> Sequence[int]:
+        return (0,) * self._member.num_ranks
 
     def reset(self, generation: int) -> None:
         self._owner = dataclasses.replace(self._owner, generation=generation)

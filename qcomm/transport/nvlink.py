@@ -197,6 +197,10 @@ class NvlinkTransport:
             return dropped_token_error(self._member.rank, seen)
         return overflow_error(self._member.rank, needed=expected, available=seen)
 
+    def waited_ns(self) -> Sequence[int]:
+        state = State.from_buffer_copy(self._state.cpu().numpy().tobytes())
+        return state.waited_ns[: self._member.num_ranks]
+
     def reset(self, generation: int) -> None:
         self._owner = dataclasses.replace(self._owner, generation=generation)
         torch.cuda.synchronize(self._member.device)
