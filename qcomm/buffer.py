@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, overload
 
@@ -25,6 +26,7 @@ from qcomm.formats import (
     WirePrecision,
 )
 from qcomm.handle import DispatchHandle, Event, Owner, Received
+from qcomm.hook import RecvHook
 from qcomm.stats import BufferStats, CallLog
 from qcomm.transport.base import Transport
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
@@ -38,7 +40,8 @@ class Buffer:
 
     Collective to make and to destroy; owns symmetric memory where the backend has any. One call at a time: calls on
     one buffer are ordered on its device whatever streams they come from. On GPUs each call is an NVTX range,
-    "qcomm.dispatch", "qcomm.replay" or "qcomm.combine". A context manager.
+    "qcomm.dispatch", "qcomm.replay" or "qcomm.combine", and the hook of a split one another, with ".recv" behind. A
+    context manager.
 
     Args:
         group: process group; None for the default group.
@@ -77,6 +80,7 @@ class Buffer:
         comm_stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._transport: Transport | None = None
+        self._hook: RecvHook | None = None
         self._log = CallLog()
         if group is None:
             if not dist.is_initialized():
@@ -163,6 +167,7 @@ class Buffer:
         seed: int = ...,
         backward: bool = ...,
         async_op: Literal[False] = ...,
+        return_recv_hook: Literal[False] = ...,
     ) -> tuple[Received, DispatchHandle]: ...
 
     @overload
@@ -183,7 +188,29 @@ class Buffer:
         seed: int = ...,
         backward: bool = ...,
         async_op: Literal[True],
+        return_recv_hook: Literal[False] = ...,
     ) -> tuple[Received, DispatchHandle, Event]: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: WireInput,
+        topk_idx: torch.Tensor | None = ...,
+        topk_weights: torch.Tensor | None = ...,
+        *,
+        handle: DispatchHandle | None = ...,
+        recv_layout: RecvLayout | None = ...,
+        recv_dtype: RecvDtype | None = ...,
+        alignment: int | None = ...,
+        columnwise: bool = ...,
+        sf_layout: ScaleLayout = ...,
+        static: bool | None = ...,
+        num_max_recv_tokens: int | None = ...,
+        seed: int = ...,
+        backward: bool = ...,
+        async_op: Literal[False] = ...,
+        return_recv_hook: Literal[True],
+    ) -> tuple[Received, DispatchHandle, Callable[[], None]]: ...
 
     def dispatch(
         self,
@@ -202,7 +229,12 @@ class Buffer:
         seed: int = 0,
         backward: bool = False,
         async_op: bool = False,
-    ) -> tuple[Received, DispatchHandle] | tuple[Received, DispatchHandle, Event]:
+        return_recv_hook: bool = False,
+    ) -> (
+        tuple[Received, DispatchHandle]
+        | tuple[Received, DispatchHandle, Event]
+        | tuple[Received, DispatchHandle, Callable[[], None]]
+    ):
         """Send every token to the ranks of its experts, at most one copy per rank. Collective.
 
         Waits on the host for the counts, to size the result, unless `static` or a handle is given.
@@ -226,9 +258,16 @@ class Buffer:
             seed: random bits of stochastic rounding.
             backward: use the `dispatch_bwd` leg.
             async_op: run on the communication stream and also return an event.
+            return_recv_hook: only send, and also return a hook, a callable without arguments that launches the receive
+                on the stream then current. Needs `static` or a handle, and no `async_op`. Once the sends are through,
+                nothing of the call occupies an SM until the hook is called. Only what is launched after the hook may
+                read the result, the handle's tensors included, and no other call of the buffer may be made before it;
+                in a CUDA graph both are captured together. On the collective backend the call does everything, and
+                the hook is only called.
 
         Returns:
-            What arrived, the handle for combine and replay, and the event with `async_op=True`.
+            What arrived, the handle for combine and replay; and the event with `async_op=True`, or the hook with
+            `return_recv_hook=True`.
 
         Raises:
             ValueError, TypeError: wrong arguments, before anything is launched.
@@ -237,13 +276,20 @@ class Buffer:
             QcommTimeoutError: a peer did not come before the deadline. A timeout after routing is raised by `check`
                 or by a later call. On the nvlink backend `reset` makes the buffer usable again.
             QcommOverflowError: an earlier static receive ran out of rows.
+            QcommError: a hook is outstanding; before anything is launched. From the hook: it was called before, or
+                dropped by `reset` or `destroy`.
         """
-        transport = self._live()
+        transport = self._idle()
         self.check()
+        _check_split(return_recv_hook, async_op)
         wire = self._config.precision.leg("dispatch", backward)
         if handle is None:
             if topk_idx is None:
                 raise ValueError("topk_idx must be given unless handle is, got None")
+            if return_recv_hook and not static:
+                raise ValueError(
+                    f"return_recv_hook must be False unless static=True or a handle is given, got True, static={static}"
+                )
             num_tokens = self._check_routing(x, topk_idx, topk_weights)
             layout, align, fixed = (
                 recv_layout or "expert_major",
@@ -281,20 +327,25 @@ class Buffer:
             wire=wire,
             seed=seed,
             async_op=async_op,
+            split=return_recv_hook,
         )
         _check_options(options)
         validate.tokens(x, num_tokens=num_tokens, hidden=self._config.hidden, wire=wire, device=self.device)
         if handle is None:
             assert topk_idx is not None
             with profiled("dispatch", self.device):
-                received, handle, event = transport.dispatch(x, topk_idx, topk_weights, options)
+                received, handle, ending = transport.dispatch(x, topk_idx, topk_weights, options)
             self._log.num_dispatches += 1
+            call = "dispatch"
         else:
             with profiled("replay", self.device):
-                received, event = transport.replay(x, handle, options)
+                received, ending = transport.replay(x, handle, options)
             self._log.num_replays += 1
+            call = "replay"
         self._log.dispatched = handle, received.spread_overflows, wire
-        return (received, handle, event) if async_op else (received, handle)
+        if ending.receive is not None:
+            return received, handle, self._leave(call, ending.receive)
+        return (received, handle, ending.event) if async_op else (received, handle)
 
     @overload
     def combine(
@@ -306,6 +357,7 @@ class Buffer:
         seed: int = ...,
         backward: bool = ...,
         async_op: Literal[False] = ...,
+        return_recv_hook: Literal[False] = ...,
     ) -> torch.Tensor: ...
 
     @overload
@@ -318,7 +370,21 @@ class Buffer:
         seed: int = ...,
         backward: bool = ...,
         async_op: Literal[True],
+        return_recv_hook: Literal[False] = ...,
     ) -> tuple[torch.Tensor, Event]: ...
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        weighted: bool = ...,
+        seed: int = ...,
+        backward: bool = ...,
+        async_op: Literal[False] = ...,
+        return_recv_hook: Literal[True],
+    ) -> tuple[torch.Tensor, Callable[[], None]]: ...
 
     def combine(
         self,
@@ -329,7 +395,8 @@ class Buffer:
         seed: int = 0,
         backward: bool = False,
         async_op: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, Event]:
+        return_recv_hook: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Event] | tuple[torch.Tensor, Callable[[], None]]:
         """Sum the experts' outputs of each token and bring the sums back to the tokens' ranks. Collective.
 
         Each rank sums a token's rows in float32 in top-k order, rounds the sum once to the wire format, and the
@@ -344,16 +411,19 @@ class Buffer:
             seed: random bits of stochastic rounding.
             backward: use the `combine_bwd` leg.
             async_op: run on the communication stream and also return an event.
+            return_recv_hook: only sum and send, and also return a hook that launches the receive, as for `dispatch`.
 
         Returns:
-            `[num_tokens, hidden]` bfloat16, zero for a token with no expert; and the event with `async_op=True`.
+            `[num_tokens, hidden]` bfloat16, zero for a token with no expert; and the event with `async_op=True`, or the
+            hook with `return_recv_hook=True`.
 
         Raises:
             ValueError, TypeError: wrong arguments, before anything is launched.
-            QcommTimeoutError, QcommPeerError: as for `dispatch`.
+            QcommTimeoutError, QcommPeerError, QcommError: as for `dispatch`.
         """
-        transport = self._live()
+        transport = self._idle()
         self.check()
+        _check_split(return_recv_hook, async_op)
         self._check_handle(handle)
         if handle.recv_layout == "token_major" and weighted:
             raise ValueError("weighted must be False with recv_layout 'token_major', whose rows are sums, got True")
@@ -364,10 +434,12 @@ class Buffer:
         validate.seed(seed)
         wire = self._config.precision.leg("combine", backward)
         with profiled("combine", self.device):
-            out, event = transport.combine(y, handle, wire, weighted, seed, async_op)
+            out, ending = transport.combine(y, handle, wire, weighted, seed, async_op, return_recv_hook)
         self._log.num_combines += 1
         self._log.combined = handle, wire
-        return (out, event) if async_op else out
+        if ending.receive is not None:
+            return out, self._leave("combine", ending.receive)
+        return (out, ending.event) if async_op else out
 
     def check(self) -> None:
         """Raise what the device reported since the last check: an overflow, a bad route or a timeout.
@@ -381,22 +453,26 @@ class Buffer:
             raise failure
 
     def stats(self) -> BufferStats:
-        """Return what this rank's last calls moved, and how many there were.
+        """Return what this rank's last calls moved, how many there were, and how long they waited for each peer.
 
         Calls only keep a reference to what they returned; the figures are computed here, which waits for the device.
+
+        Raises:
+            QcommError: a hook is outstanding, without which there is nothing to count.
         """
-        self._live()
+        transport = self._idle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        member, config = self._member, self._config
-        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, config.hidden)
+        member, hidden = self._member, self._config.hidden
+        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, hidden, transport.waited_ns())
 
     def reset(self) -> None:
-        """Make the buffer usable after a timeout: forget calls in flight, and every handle. Collective.
+        """Make the buffer usable after a timeout: forget calls in flight, and every handle and hook. Collective.
 
         The collective backend cannot mend its process group: a gloo group does not survive a timeout.
         """
         transport = self._live()
+        self._drop_hook("reset()")
         self._owner = Owner(self._owner.buffer, self._owner.generation + 1)
         transport.reset(self._owner.generation)
         self._log.dispatched = self._log.combined = None
@@ -405,6 +481,7 @@ class Buffer:
         """Free what the buffer holds. Collective; a second call does nothing. See `abandon` for dead peers."""
         if self._transport is not None:
             transport, self._transport = self._transport, None
+            self._drop_hook("destroy()")
             transport.destroy()
 
     def abandon(self) -> None:
@@ -415,6 +492,7 @@ class Buffer:
         """
         if self._transport is not None:
             transport, self._transport = self._transport, None
+            self._drop_hook("abandon()")
             transport.abandon()
 
     def __enter__(self) -> Buffer:
@@ -439,6 +517,22 @@ class Buffer:
             raise QcommError("the buffer was destroyed", rank=self._member.rank, phase="buffer.use")
         return self._transport
 
+    def _idle(self) -> Transport:
+        """Return the transport of a buffer whose last call is whole."""
+        transport = self._live()
+        if self._hook is not None:
+            self._hook.require_called()
+        return transport
+
+    def _leave(self, call: str, receive: Callable[[], None]) -> RecvHook:
+        """Leave the receive of a call to a hook."""
+        self._hook = RecvHook(call, self._member.rank, self._member.device, receive)
+        return self._hook
+
+    def _drop_hook(self, by: str) -> None:
+        if self._hook is not None:
+            self._hook.drop(by)
+
     def _check_handle(self, handle: object) -> None:
         if not isinstance(handle, DispatchHandle):
             raise TypeError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
@@ -461,6 +555,12 @@ class Buffer:
             full = (num_tokens, config.num_topk)
             validate.tensor("topk_weights", topk_weights, shape=full, dtypes=(torch.float32,), device=self.device)
         return num_tokens
+
+
+def _check_split(return_recv_hook: bool, async_op: bool) -> None:
+    validate.boolean("return_recv_hook", return_recv_hook)
+    if return_recv_hook and async_op:
+        raise ValueError(f"async_op must be False with return_recv_hook=True, got {async_op}")
 
 
 def _check_options(options: DispatchOptions) -> None:

@@ -24,7 +24,10 @@ WireInput = torch.Tensor | FP8Tensor | MXFP4Tensor
 
 @dataclasses.dataclass(frozen=True)
 class DispatchOptions:
-    """One call's choices, checked. `capacity` is the row count of a static receive, per expert if batched."""
+    """One call's choices, checked.
+
+    `capacity` is the row count of a static receive, per expert if batched; `split` leaves the receive to a hook.
+    """
 
     recv_layout: RecvLayout
     recv_dtype: RecvDtype
@@ -36,6 +39,7 @@ class DispatchOptions:
     wire: WireFormat
     seed: int
     async_op: bool
+    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

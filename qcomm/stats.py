@@ -1,8 +1,9 @@
-"""What a buffer's calls moved, computed when asked for from what the calls left anyway."""
+"""What a buffer's calls moved and waited for, computed when asked for from what the calls left anyway."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -25,6 +26,10 @@ class BufferStats:
         dropped_rows: rows that a static receive had no room for.
         spread_overflows: blocks of 32 that E4M3 rounded because their exponent distance was above 14, in `recv.x` and
             in `recv.x_columnwise`.
+        waited_us: `num_ranks` numbers of microseconds: how long this rank's kernels waited for each rank to begin its
+            calls, in all since the buffer was made or reset, replays of a CUDA graph included. A call waits for all
+            ranks at the same time; a split dispatch counts from its hook on. Zeros on the collective backend, which
+            does not measure them.
     """
 
     num_dispatches: int
@@ -37,6 +42,7 @@ class BufferStats:
     combine_bytes: int
     dropped_rows: int
     spread_overflows: tuple[int, int]
+    waited_us: tuple[float, ...]
 
 
 @dataclasses.dataclass
@@ -49,7 +55,9 @@ class CallLog:
     dispatched: tuple[DispatchHandle, torch.Tensor, WireFormat] | None = None
     combined: tuple[DispatchHandle, WireFormat] | None = None
 
-    def stats(self, rank: int, num_ranks: int, num_local_experts: int, hidden: int) -> BufferStats:
+    def stats(
+        self, rank: int, num_ranks: int, num_local_experts: int, hidden: int, waited_ns: Sequence[int]
+    ) -> BufferStats:
         """Compute the figures; waits for the device."""
         nobody = (0,) * num_ranks
         per_expert, sent, received, dropped, spread = (0,) * num_local_experts, nobody, nobody, 0, (0, 0)
@@ -66,7 +74,8 @@ class CallLog:
             back = _received(handle)
             combine_bytes = (sum(back) - back[rank]) * RecordLayout(wire.kind, hidden).num_bytes
         counts = self.num_dispatches, self.num_replays, self.num_combines
-        return BufferStats(*counts, per_expert, sent, received, dispatch_bytes, combine_bytes, dropped, spread)
+        waited = tuple(ns / 1e3 for ns in waited_ns)
+        return BufferStats(*counts, per_expert, sent, received, dispatch_bytes, combine_bytes, dropped, spread, waited)
 
 
 def _sent(handle: DispatchHandle) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ class Inputs:
 def make_buffer(case: Case, num_ranks: int, device: str, backend: str, /, **changes: Any) -> Buffer:
     """Make the buffer of a case on this rank."""
     num_local, num_topk, hidden, precision, num_sms = case.shape
-    arguments: dict[str, Any] = {
+    usual: dict[str, Any] = {
         "num_experts": num_local * num_ranks,
         "num_topk": num_topk,
         "hidden": hidden,
@@ -108,7 +108,7 @@ def make_buffer(case: Case, num_ranks: int, device: str, backend: str, /, **chan
         "backend": backend,
         "num_sms": num_sms,
     }
-    return Buffer(**arguments | changes)
+    return Buffer(**usual | changes)
 
 
 def make_inputs(case: Case, num_ranks: int) -> Inputs:
@@ -200,10 +200,13 @@ def sync(buffer: Buffer) -> None:
     buffer.check()
 
 
-def dispatch(buffer: Buffer, case: Case, inputs: Inputs, **changes: Any) -> tuple[Received, DispatchHandle]:
-    """Dispatch the inputs of this rank."""
+def arguments(buffer: Buffer, case: Case, inputs: Inputs) -> dict[str, Any]:
+    """Name what this rank gives to dispatch."""
     weights = inputs.topk_weights
-    arguments: dict[str, Any] = {
+    return {
+        "x": to(inputs.xs[buffer.rank], buffer.device),
+        "topk_idx": inputs.topk_idxs[buffer.rank].to(buffer.device),
+        "topk_weights": None if weights is None else weights[buffer.rank].to(buffer.device),
         "recv_layout": case.recv_layout,
         "recv_dtype": case.recv_dtype,
         "alignment": case.alignment,
@@ -214,12 +217,11 @@ def dispatch(buffer: Buffer, case: Case, inputs: Inputs, **changes: Any) -> tupl
         "seed": case.seed,
         "backward": case.backward,
     }
-    received = buffer.dispatch(
-        to(inputs.xs[buffer.rank], buffer.device),
-        inputs.topk_idxs[buffer.rank].to(buffer.device),
-        None if weights is None else weights[buffer.rank].to(buffer.device),
-        **arguments | changes,
-    )
+
+
+def dispatch(buffer: Buffer, case: Case, inputs: Inputs, **changes: Any) -> tuple[Received, DispatchHandle]:
+    """Dispatch the inputs of this rank."""
+    received = buffer.dispatch(**arguments(buffer, case, inputs) | changes)
     sync(buffer)
     return received[0], received[1]
 

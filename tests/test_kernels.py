@@ -252,7 +252,7 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
                         dispatch_decode.launch_decode(launcher, 0, x, handle, routing, params, static)
         combine.launch_decode(launcher, 0, y, handle, wire, True, 0)
         combine.launch_send(launcher, 0, y, handle, wire, True, 0)
-        combine.launch_recv(launcher, 0, handle, wire, hidden)
+        combine.launch_recv(launcher, 0, handle, wire, combine.allocate(handle, hidden))
     return recorder.launches
 
 

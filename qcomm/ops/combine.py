@@ -112,7 +112,8 @@ def _send_params(
     )
 
 
-def _allocate(handle: DispatchHandle, hidden: int) -> torch.Tensor:
+def allocate(handle: DispatchHandle, hidden: int) -> torch.Tensor:
+    """Allocate the result."""
     return torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
 
 
@@ -133,14 +134,12 @@ def launch_send(
     kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
 
 
-def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:
-    """Allocate the result, and fill it as sums arrive."""
-    out = _allocate(handle, hidden)
+def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, out: torch.Tensor) -> None:
+    """Fill the result as sums arrive."""
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
-        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), hidden)
+        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), out.shape[1])
         kernel.launch(launcher.num_sms, _recv_threads(wire), 0, stream, params)
-    return out
 
 
 def is_decode(handle: DispatchHandle, num_ranks: int) -> bool:
@@ -160,7 +159,7 @@ def launch_decode(
 ) -> torch.Tensor:
     """Sum, send, receive and add, by one kernel."""
     hidden = y.shape[-1]
-    out = _allocate(handle, hidden)
+    out = allocate(handle, hidden)
     sharing = _send_teams(wire, hidden, decodes=True)
     kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden)
     params = CombineDecodeParams(

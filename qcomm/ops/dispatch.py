@@ -289,7 +289,12 @@ class Receive:
             num_rows: rows of the result.
             rows_per_expert: rows of one expert in the "batched" layout, else 0.
         """
-        payload, params = self.prepare(num_rows, rows_per_expert)
+        payload, _ = self.prepare(num_rows, rows_per_expert)
+        self.fill(stream)
+        return payload
+
+    def fill(self, stream: int) -> None:
+        """Fill what `prepare` allocated, as records arrive."""
         options, num_topk = self._options, self._handle.record_topk_idx.shape[1]
         kernel = self._launcher.kernels.get(
             recv_spec,
@@ -300,8 +305,7 @@ class Receive:
             num_topk,
             self._places,
         )
-        kernel.launch(self._launcher.num_sms, self._threads, self._shared_bytes, stream, params)
-        return payload
+        kernel.launch(self._launcher.num_sms, self._threads, self._shared_bytes, stream, self._params)
 
     def prepare(self, num_rows: int, rows_per_expert: int) -> tuple[Payload, DispatchRecvParams]:
         """Allocate the received rows; return them, and what the kernel that fills them is given."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,10 +13,22 @@ from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle, Event, Received
 
 
+class Ending(NamedTuple):
+    """How a call ends.
+
+    Attributes:
+        event: after all that the call launched.
+        receive: of a split call, launches the rest of it on the current stream; else None.
+    """
+
+    event: Event
+    receive: Callable[[], None] | None = None
+
+
 class Transport(Protocol):
     """One backend of one Buffer.
 
-    Arguments were checked by the Buffer; every method but `check` and `abandon` is collective.
+    Arguments were checked by the Buffer; every method but `check`, `waited_ns` and `abandon` is collective.
     """
 
     def dispatch(
@@ -24,10 +37,10 @@ class Transport(Protocol):
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None,
         options: DispatchOptions,
-    ) -> tuple[Received, DispatchHandle, Event]:
+    ) -> tuple[Received, DispatchHandle, Ending]:
         """Route, send and receive."""
 
-    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
+    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Ending]:
         """Send and receive along a known route."""
 
     def combine(
@@ -38,13 +51,17 @@ class Transport(Protocol):
         weighted: bool,
         seed: int,
         async_op: bool,
-    ) -> tuple[torch.Tensor, Event]:
+        split: bool,
+    ) -> tuple[torch.Tensor, Ending]:
         """Sum rows per token and return the sums to the tokens' ranks."""
 
     symmetric_bytes: int
 
     def check(self) -> QcommError | None:
         """Take the failure noted since the last check, if any."""
+
+    def waited_ns(self) -> Sequence[int]:
+        """Read how long this rank waited for each to begin its calls, since it was made or reset; 0 if not measured."""
 
     def reset(self, generation: int) -> None:
         """Make the transport usable again after a failure."""

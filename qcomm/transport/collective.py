@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +22,14 @@ from qcomm.exchange import DispatchOptions, Routing, WireInput
 from qcomm.formats import WireFormat
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
 from qcomm.records import MetadataLayout
-from qcomm.transport.base import dropped_token_error, overflow_error, peer_routing_error, received, routing_error
+from qcomm.transport.base import (
+    Ending,
+    dropped_token_error,
+    overflow_error,
+    peer_routing_error,
+    received,
+    routing_error,
+)
 from qcomm.transport.streams import record_stream
 
 
@@ -45,18 +54,18 @@ class CollectiveTransport:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None,
         options: DispatchOptions,
-    ) -> tuple[Received, DispatchHandle, Event]:
+    ) -> tuple[Received, DispatchHandle, Ending]:
         with _Async(self._member.device, self._comm_stream, options.async_op, x, topk_idx, topk_weights) as run:
             handle = self._route(topk_idx, topk_weights, options)
             received = self._send(x, handle, options)
             run.keep(received, handle)
-        return received, handle, run.event
+        return received, handle, run.ending(options.split, received, handle)
 
-    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
+    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Ending]:
         with _Async(self._member.device, self._comm_stream, options.async_op, x, handle) as run:
             received = self._send(x, handle, options)
             run.keep(received)
-        return received, run.event
+        return received, run.ending(options.split, received)
 
     def combine(
         self,
@@ -66,11 +75,12 @@ class CollectiveTransport:
         weighted: bool,
         seed: int,
         async_op: bool,
-    ) -> tuple[torch.Tensor, Event]:
+        split: bool,
+    ) -> tuple[torch.Tensor, Ending]:
         with _Async(self._member.device, self._comm_stream, async_op, y, handle) as run:
             out = self._combine(y, handle, wire, weighted, seed)
             run.keep(out)
-        return out, run.event
+        return out, run.ending(split, out)
 
     def check(self) -> QcommError | None:
         noted, self._noted = self._noted, []
@@ -79,6 +89,9 @@ class CollectiveTransport:
             if failure is not None:
                 return failure
         return None
+
+    def waited_ns(self) -> Sequence[int]:
+        return (0,) * self._member.num_ranks
 
     def reset(self, generation: int) -> None:
         self._owner = dataclasses.replace(self._owner, generation=generation)
@@ -319,6 +332,11 @@ class _Async:
         if self._stream is not None:
             record_stream(self._caller, *results)
 
+    def ending(self, split: bool, *results: object) -> Ending:
+        """Return how the call ended; all of a split one was launched too, so that its hook only orders streams."""
+        rest = functools.partial(_follow, self._device, self.event, *results)
+        return Ending(self.event, rest if split else None)
+
     def __exit__(self, *exc: object) -> None:
         if self._device.type == "cuda":
             event = torch.cuda.Event()
@@ -326,3 +344,11 @@ class _Async:
             self.event = event
         if self._stream is not None:
             self._context.__exit__(None, None, None)
+
+
+def _follow(device: torch.device, event: Event, *results: object) -> None:
+    """Make the current stream wait for a call, and tell the allocator that it uses the results."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            event.wait()
+            record_stream(torch.cuda.current_stream(), *results)

@@ -3,7 +3,7 @@
 A call takes two streams. The caller's (or, for async calls, the communication stream) routes and receives; a second
 one sends, so that records leave while the host still learns how large the result is. Every call begins with an
 exchange among all ranks (route and count, or a barrier), after which every rank has finished its earlier calls; so no
-slot is overwritten while a peer reads it.
+slot is overwritten while a peer reads it. A split call leaves all that waits for records to its hook.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from qcomm.errors import (
 )
 from qcomm.exchange import DispatchOptions, Payload, WireInput
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
-from qcomm.handle import DispatchHandle, Event, Owner, Received
+from qcomm.handle import DispatchHandle, Owner, Received
 from qcomm.jit import KernelLoader
 from qcomm.ops import combine, dispatch, dispatch_decode, place, route
 from qcomm.ops.comm import (
@@ -44,7 +45,14 @@ from qcomm.ops.dispatch import Receive, Routing
 from qcomm.ops.place import Placement
 from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
-from qcomm.transport.base import dropped_token_error, overflow_error, peer_routing_error, received, routing_error
+from qcomm.transport.base import (
+    Ending,
+    dropped_token_error,
+    overflow_error,
+    peer_routing_error,
+    received,
+    routing_error,
+)
 from qcomm.transport.streams import record_stream
 from qcomm.transport.symmetric import abandon, allocate
 
@@ -98,7 +106,7 @@ class NvlinkTransport:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None,
         options: DispatchOptions,
-    ) -> tuple[Received, DispatchHandle, Event]:
+    ) -> tuple[Received, DispatchHandle, Ending]:
         _check_addresses(x)
         hidden = self._config.hidden
         with self._call(options.async_op, x, topk_idx, topk_weights) as call:
@@ -109,27 +117,30 @@ class NvlinkTransport:
             receive = Receive(
                 self._launcher, draft, placement, options, hidden, overflows, places=not options.columnwise
             )
-            if dispatch_decode.suits(options, len(topk_idx)):
+            if not options.split and dispatch_decode.suits(options, len(topk_idx)):
                 payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
                 dispatch_decode.launch_decode(self._launcher, call.stream, x, draft, routing, params, options)
                 result = received(payload, draft, options)
                 call.keep(result, draft)
-                return result, draft, call.event
+                return result, draft, Ending(call.event)
             route.launch_route(self._launcher, call.stream, topk_idx, draft.send_slot, ordinals)
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, draft, routing, options.wire, options.seed)
-            self._launch_count(call.stream, placement, options)
-            if options.columnwise:
-                place.launch_place(self._launcher, call.stream, self._config.num_topk, placement, options.wire, hidden)
+            count = functools.partial(self._launch_count, placement=placement, options=options)
+            if options.split:
+                handle, (payload, _) = draft, receive.prepare(draft.num_rows, draft.rows_per_expert)
+                result = received(payload, handle, options)
+                return result, handle, self._split(call, (count, receive.fill), result, handle)
+            count(call.stream)
             if options.static:
                 handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
             else:
                 handle, payload = self._receive_counted(call, receive, draft, topk_idx)
             result = received(payload, handle, options)
             call.keep(result, handle)
-        return result, handle, call.event
+        return result, handle, Ending(call.event)
 
-    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Event]:
+    def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Ending]:
         _check_addresses(x)
         with self._call(options.async_op, x, handle) as call:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
@@ -138,10 +149,14 @@ class NvlinkTransport:
                 dispatch.launch_send(self._launcher, stream, x, handle, None, options.wire, options.seed)
             placement = Placement.of(handle, None, overflows)
             receive = Receive(self._launcher, handle, placement, options, self._config.hidden, overflows, places=False)
-            payload = receive.launch(call.stream, handle.num_rows, handle.rows_per_expert)
+            payload, _ = receive.prepare(handle.num_rows, handle.rows_per_expert)
+            if not options.split:
+                receive.fill(call.stream)
             result = received(payload, handle, options)
+            if options.split:
+                return result, self._split(call, (receive.fill,), result, handle)
             call.keep(result)
-        return result, call.event
+        return result, Ending(call.event)
 
     def combine(
         self,
@@ -151,19 +166,24 @@ class NvlinkTransport:
         weighted: bool,
         seed: int,
         async_op: bool,
-    ) -> tuple[torch.Tensor, Event]:
+        split: bool,
+    ) -> tuple[torch.Tensor, Ending]:
         _check_addresses(y)
         with self._call(async_op, y, handle) as call:
-            if combine.is_decode(handle, self._member.num_ranks):
+            if not split and combine.is_decode(handle, self._member.num_ranks):
                 out = combine.launch_decode(self._launcher, call.stream, y, handle, wire, weighted, seed)
                 call.keep(out)
-                return out, call.event
+                return out, Ending(call.event)
             launch_barrier(self._launcher, call.stream, None)
             with call.sending() as stream:
                 combine.launch_send(self._launcher, stream, y, handle, wire, weighted, seed)
-            out = combine.launch_recv(self._launcher, call.stream, handle, wire, self._config.hidden)
+            out = combine.allocate(handle, self._config.hidden)
+            receive = functools.partial(combine.launch_recv, self._launcher, handle=handle, wire=wire, out=out)
+            if split:
+                return out, self._split(call, (receive,), out, handle)
+            receive(call.stream)
             call.keep(out)
-        return out, call.event
+        return out, Ending(call.event)
 
     def check(self) -> QcommError | None:
         timeout, notice = self._reports_view.timeout, self._reports_view.notice
@@ -176,6 +196,10 @@ class NvlinkTransport:
         if code == BAD_ROUTE:
             return dropped_token_error(self._member.rank, seen)
         return overflow_error(self._member.rank, needed=expected, available=seen)
+
+    def waited_ns(self) -> Sequence[int]:
+        state = State.from_buffer_copy(self._state.cpu().numpy().tobytes())
+        return state.waited_ns[: self._member.num_ranks]
 
     def reset(self, generation: int) -> None:
         self._owner = dataclasses.replace(self._owner, generation=generation)
@@ -234,6 +258,9 @@ class NvlinkTransport:
         num_records = num_ranks * config.num_max_tokens_per_rank
         rows, rows_per_expert = exchange.worst_case_rows(options, num_records, num_topk, num_local)
         by_token = options.recv_layout == "token_major"
+        # By token these are the result's rows, of which there may be more than records. To pad them afterwards would
+        # be to read what the hook of a split call has yet to write.
+        known = max(num_records, rows) if by_token else num_records
         shapes = {
             "row_src": (rows, 2),
             "row_weights": (0 if by_token else rows,),
@@ -243,8 +270,8 @@ class NvlinkTransport:
             "source_starts": (num_ranks, num_local),
             "recv_offsets": (num_ranks + 1,),
             "record_src_token": (num_records,),
-            "record_topk_idx": (num_records, num_topk),
-            "record_topk_weights": (num_records, num_topk),
+            "record_topk_idx": (known, num_topk),
+            "record_topk_weights": (known, num_topk),
             "record_rows": (num_records, 1 if by_token else num_topk),
             "num_tokens_per_expert": (num_local,),
             "group_offsets": (num_local + 1,),
@@ -275,9 +302,12 @@ class NvlinkTransport:
         return handle, ordinals, source_starts
 
     def _launch_count(self, stream: int, placement: Placement, options: DispatchOptions) -> None:
+        """Say what comes; where the receive needs every row beforehand, also where all of it goes."""
         self._sequence += 1
-        host = None if options.static else self._host
-        place.launch_count(self._launcher, stream, self._config.num_topk, placement, host, self._sequence)
+        host, num_topk = None if options.static else self._host, self._config.num_topk
+        place.launch_count(self._launcher, stream, num_topk, placement, host, self._sequence)
+        if options.columnwise:
+            place.launch_place(self._launcher, stream, num_topk, placement, options.wire, self._config.hidden)
 
     def _receive_counted(
         self, call: _Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
@@ -340,6 +370,30 @@ class NvlinkTransport:
             seen=report.seen,
         )
 
+    def _capture_error(self, call: bool, hook: bool) -> QcommError:
+        rank, words = self._member.rank, {True: "captured", False: "not captured"}
+        return QcommError(
+            f"rank {rank}: a hook must be called in the CUDA graph capture that its call is in, if any; "
+            f"the call is {words[call]}, the hook {words[hook]}",
+            rank=rank,
+            phase="buffer.hook",
+            expected=call,
+            seen=hook,
+        )
+
+    def _split(self, call: _Call, receive: Sequence[Callable[[int], None]], *results: object) -> Ending:
+        """Leave the receive of a call, which launches on a stream what fills the results, to its hook."""
+
+        def rest() -> None:
+            with self._call(False) as resumed:
+                if resumed.captured != call.captured:
+                    raise self._capture_error(call.captured, resumed.captured)
+                resumed.follow(call, *results)
+                for launch in receive:
+                    launch(resumed.stream)
+
+        return Ending(call.event, rest)
+
     @contextlib.contextmanager
     def _call(self, async_op: bool, *inputs: object) -> Iterator[_Call]:
         """Order a call after the one before it, on the stream it runs on."""
@@ -352,7 +406,7 @@ class NvlinkTransport:
             capturing = torch.cuda.is_current_stream_capturing()
             if self._last is not None and not capturing:
                 main.wait_event(self._last)
-            call = _Call(main, self._send_stream, caller)
+            call = _Call(main, self._send_stream, caller, capturing)
             try:
                 with torch.cuda.stream(main) if async_op else contextlib.nullcontext():
                     yield call
@@ -387,8 +441,11 @@ def _cut(draft: DispatchHandle, counts: _Counts) -> DispatchHandle:
 class _Call:
     """One call in flight: its two streams, and the event that ends it."""
 
-    def __init__(self, main: torch.cuda.Stream, side: torch.cuda.Stream, caller: torch.cuda.Stream) -> None:
+    def __init__(
+        self, main: torch.cuda.Stream, side: torch.cuda.Stream, caller: torch.cuda.Stream, captured: bool
+    ) -> None:
         self._main, self._side, self._caller = main, side, caller
+        self.captured = captured
         self.stream = main.cuda_stream
         self.event = torch.cuda.Event()
         self._open = True
@@ -405,6 +462,12 @@ class _Call:
         """Tell the allocator that the caller's stream uses the results of an async call."""
         if self._main != self._caller:
             record_stream(self._caller, *results)
+
+    def follow(self, split: _Call, *results: object) -> None:
+        """Go on behind a split call, filling its results."""
+        self._main.wait_event(split.event)
+        if self._main != split._main:
+            record_stream(self._main, *results)
 
     def join(self) -> None:
         """End the call, unless that was done: the main stream waits for the sends."""

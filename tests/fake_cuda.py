@@ -1,0 +1,147 @@
+"""Streams and events that only note what is ordered after what, for calls of the nvlink backend without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from qcomm import Buffer
+from qcomm import buffer as buffer_module
+from qcomm.bootstrap import process_group
+from qcomm.config import BufferConfig, Member
+from qcomm.handle import Owner
+from qcomm.jit import KernelSpec
+from qcomm.transport import nvlink
+from qcomm.transport.nvlink import NvlinkTransport
+
+_NUM_SMS = 132
+
+
+class FakeStream:
+    """Stands for a torch.cuda.Stream; `before` holds the launches that end before the next one here begins."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+        self.before: frozenset[int] = frozenset()
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.before |= event.before
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.before |= other.before
+
+
+class FakeEvent:
+    """Stands for a torch.cuda.Event."""
+
+    def __init__(self) -> None:
+        self.before: frozenset[int] = frozenset()
+
+    def record(self, stream: FakeStream) -> None:
+        self.before = stream.before
+
+
+class Launch(NamedTuple):
+    """A kernel's launch: its stream, its number, and the numbers of the launches that end before it begins."""
+
+    kernel: str
+    stream: FakeStream
+    number: int
+    after: frozenset[int]
+
+
+class FakeCuda:
+    """Stands for torch.cuda in the nvlink backend, and for its loader of kernels: launches are noted.
+
+    Attributes:
+        current: the stream that is current.
+        capturing: whether it is being captured.
+        launches: all of them.
+        users: streams of which the allocator was told that they use results.
+    """
+
+    def __init__(self) -> None:
+        self.Stream, self.Event = self.make_stream, FakeEvent
+        self._streams: list[FakeStream] = []
+        self.current = self.make_stream()
+        self.capturing = False
+        self.launches: list[Launch] = []
+        self.users: list[FakeStream] = []
+
+    def make_stream(self, device: object = None, priority: int = 0) -> FakeStream:
+        self._streams.append(FakeStream(len(self._streams)))
+        return self._streams[-1]
+
+    def current_stream(self) -> FakeStream:
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        usual, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = usual
+
+    def device(self, device: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def get_device_properties(self, device: object) -> Any:
+        return SimpleNamespace(multi_processor_count=_NUM_SMS)
+
+    def synchronize(self, device: object) -> None:
+        pass
+
+    def record_stream(self, stream: FakeStream, *values: object) -> None:
+        self.users.append(stream)
+
+    def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
+        def launch(grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
+            on, number = self._streams[stream], len(self.launches)
+            self.launches.append(Launch(make_spec(*args).name, on, number, on.before))
+            on.before |= {number}
+
+        return SimpleNamespace(launch=launch)
+
+
+class _Torch:
+    """torch, with another CUDA and no pinned memory."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def nvlink_buffer(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, **shape: Any) -> Iterator[tuple[Buffer, Any]]:
+    """Make a buffer of one rank on the CPU whose calls go to the nvlink backend; yields it and the backend."""
+
+    def allocate(provider: str, num_bytes: int, member: Member) -> Any:
+        local = torch.zeros(num_bytes, dtype=torch.uint8)
+        return SimpleNamespace(local=local, peers=[local.data_ptr()], free=lambda: None)
+
+    def create(choice: object, config: BufferConfig, member: Member, owner: Owner, *_: object) -> NvlinkTransport:
+        stream: Any = cuda.make_stream()
+        return NvlinkTransport(config, member, owner, stream, None, "torch")
+
+    monkeypatch.setattr(nvlink, "torch", _Torch(cuda))
+    monkeypatch.setattr(nvlink, "allocate", allocate)
+    monkeypatch.setattr(nvlink, "record_stream", cuda.record_stream)
+    monkeypatch.setattr(nvlink, "KernelLoader", lambda *_, **__: cuda)
+    monkeypatch.setattr(buffer_module, "create", create)
+    with process_group(use_cuda=False) as launch, Buffer(device=launch.device, **shape) as buffer:
+        yield buffer, buffer._transport
