@@ -9,7 +9,6 @@ import torch
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops import comm
 from qcomm.ops.comm import (
     Budget,
     Comm,
@@ -24,11 +23,11 @@ from qcomm.ops.comm import (
     wire_constants,
 )
 from qcomm.records import RecordLayout
+from qcomm.tuning import Tuning
 
 _SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
 _SENDERS = 1
 _MAX_CHUNKS = 12
-_IN_FLIGHT, _FLAGS_TOGETHER = 8, 4
 _DECODE_REGISTERS = 56
 
 
@@ -64,7 +63,7 @@ class CombineDecodeParams(ctypes.Structure):
     _fields_ = (("send", CombineSendParams), ("recv", CombineRecvParams))
 
 
-def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
+def combine_spec(name: str, wire: WireFormat, hidden: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     sharing = _send_teams(wire, hidden)
     return spec(
@@ -76,10 +75,9 @@ def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
         recv_threads=_recv_threads(wire),
         decode_registers=_DECODE_REGISTERS,
         senders=_SENDERS,
-        in_flight=_IN_FLIGHT,
-        flags_together=_FLAGS_TOGETHER,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
+        **tuning.constants,
         **sharing.constants(_SEND),
         **wire_constants(wire, hidden),
     )
@@ -126,9 +124,10 @@ def launch_send(
     """Sum each record's rows and send the sum to its token's rank."""
     hidden = y.shape[-1]
     sharing = _send_teams(wire, hidden)
-    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
+    tuning = launcher.tuning("combine", wire)
+    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden, tuning)
     params = _send_params(launcher, y, handle, wire, weighted, seed)
-    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
+    kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int) -> torch.Tensor:
@@ -136,15 +135,16 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
     out = _allocate(handle, hidden)
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
-        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), hidden)
-        kernel.launch(launcher.num_sms, _recv_threads(wire), 0, stream, params)
+        tuning = launcher.tuning("combine", wire)
+        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), hidden, tuning)
+        kernel.launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
     return out
 
 
-def is_decode(handle: DispatchHandle, num_ranks: int) -> bool:
+def is_decode(launcher: Launcher, handle: DispatchHandle, wire: WireFormat) -> bool:
     """Tell whether one kernel is faster than a barrier, a send and a receive: where tokens are few."""
-    most = comm.DECODE_TOKENS
-    return handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * num_ranks
+    most = launcher.tuning("combine", wire).decode_tokens
+    return handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
 
 
 def launch_decode(
@@ -160,10 +160,11 @@ def launch_decode(
     hidden = y.shape[-1]
     out = _allocate(handle, hidden)
     sharing = _send_teams(wire, hidden)
-    kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden)
+    tuning = launcher.tuning("combine", wire)
+    kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden, tuning)
     params = CombineDecodeParams(
         _send_params(launcher, y, handle, wire, weighted, seed),
         CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens),
     )
-    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
+    kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
     return out
