@@ -365,14 +365,14 @@ def machine(member: Member) -> dict[str, str | None]:
     }
 
 
-def command(launch: Launch, name: str) -> str:
-    """Reconstruct the command line."""
+def command(launch: Launch, *words: str) -> str:
+    """Reconstruct the command line; `words` follow the program's name."""
     start = {
         "mpirun": f"mpirun -n {launch.num_ranks} python",
         "torchrun": f"torchrun --nproc-per-node {launch.num_ranks}",
         "single": "python",
     }[launch.launcher]
-    return shlex.join([*start.split(), "-m", "qcomm", "bench", name, *sys.argv[1:]])
+    return shlex.join([*start.split(), "-m", "qcomm", *words, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import baselines
 import harness
@@ -60,15 +60,16 @@ def run(benchmark: Benchmark, flags: workload.Flags) -> int:
             try:
                 geometry = workload.sizes(one, session.member)
             except ValueError as error:
-                return _fail(session, str(error), 2)
+                return fail(session, str(error), 2)
             try:
                 _run(benchmark, one, session, workload.make(one, geometry, session.member))
             except harness.MismatchError as error:
-                return _fail(session, f"results differ from the oracle's, no times are reported:\n{error}", 1)
+                return fail(session, f"results differ from the oracle's, no times are reported:\n{error}", 1)
     return 0
 
 
-def _fail(session: harness.Session, message: str, code: int) -> int:
+def fail(session: harness.Session, message: str, code: int) -> int:
+    """Say from rank 0 why the run ends, and return its exit code. Collective."""
     if session.member.rank == 0:
         sys.stderr.write(f"{message}\n")
         sys.stderr.flush()
@@ -91,17 +92,21 @@ def _run(benchmark: Benchmark, flags: workload.Flags, session: harness.Session, 
             for layout in flags.recv_layouts:
                 rows += benchmark.measure(context, buffer, wire, layout)
     title = _title(flags, work, choice, machine, ceiling)
-    about = _about(benchmark.name, flags, session, work, choice) | {"machine": machine}
+    words = "bench", benchmark.name
+    about = {"benchmark": benchmark.name, **describe(words, flags, session, work, choice), "machine": machine}
     harness.report(member, rows, harness.Run(title, about, work.geometry.hidden, ceiling, nccl_us), flags.json)
 
 
-def _about(
-    name: str, flags: workload.Flags, session: harness.Session, work: workload.Workload, choice: Choice
+def describe(
+    words: Sequence[str],
+    flags: workload.Flags,
+    session: harness.Session,
+    work: workload.Workload,
+    choice: Choice,
 ) -> dict[str, object]:
-    """Return what every JSON line of a run holds."""
+    """Return what every JSON line of a run holds; `words` are those of its command."""
     return {
-        "benchmark": name,
-        "command": harness.command(session.launch, name),
+        "command": harness.command(session.launch, *words),
         "commit": harness.commit(),
         "num_ranks": session.member.num_ranks,
         "geometry": dataclasses.asdict(work.geometry),

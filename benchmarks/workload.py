@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import plotting
 import torch
@@ -41,6 +41,7 @@ class Geometry:
 
 _SIZES = {"cuda": Geometry(4096, 7168, 8, 256), "cpu": Geometry(64, 256, 4, 16)}
 _ITERATIONS = {"cuda": 50, "cpu": 3}
+_OTHER_SIZES = tuple(field.name for field in dataclasses.fields(Geometry) if field.name != "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +106,14 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    tokens = "/".join(str(_SIZES[device].tokens) for device in ("cuda", "cpu")) + " (GPU/CPU)"
-    for field in dataclasses.fields(Geometry):
-        defaults = "/".join(str(getattr(_SIZES[device], field.name)) for device in ("cuda", "cpu"))
-        if field.name != "tokens":
-            parser.add_argument(f"--{field.name}", type=int, metavar="N", help=f"default {defaults} (GPU/CPU)")
-    parser.add_argument("--tokens", type=_counts, metavar="N[,N...]", help=f"default {tokens}; a run for each")
-    parser.add_argument("--wire", type=_names_of(WIRE_KINDS), action="extend", help="repeatable, or a comma list")
-    layouts = _names_of(RECV_LAYOUTS)
+    add_shared_flags(parser)
+    parser.add_argument("--tokens", type=counts, metavar="N[,N...]", help=f"{_default('tokens')}; a run for each")
+    layouts = names_of(RECV_LAYOUTS)
     parser.add_argument("--recv-layout", type=layouts, action="extend", help="repeatable, or a comma list")
     if dispatch:
         parser.add_argument("--recv-dtype", choices=("auto", *RECV_DTYPES), default="auto")
-    parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0])
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--provider", choices=PROVIDERS, default="auto", help="symmetric memory of the nvlink backend")
-    parser.add_argument("--iterations", type=_positive, metavar="N", help="default 50/3 (GPU/CPU)")
     parser.add_argument("--num-sms", type=_positive, metavar="N", help="SMs of each communication kernel")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a row")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from", type=Path, metavar="FILE", dest="lines", help="read lines instead of measuring")
     parser.add_argument("--plot", type=plotting.drawing, metavar="FILE", help="draw them to an .svg or .png")
     given = parser.parse_args()
@@ -130,21 +121,44 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         parser.error("--from FILE and --plot FILE go together")
     recv_dtype: RecvDtype | None = given.recv_dtype if dispatch and given.recv_dtype != "auto" else None
     return Flags(
-        sizes={field.name: getattr(given, field.name) for field in dataclasses.fields(Geometry)} | {"tokens": None},
+        **shared_flags(given),
         tokens=given.tokens,
-        wires=tuple(cast("list[WireKind]", given.wire or _WIRES)),
         recv_dtype=recv_dtype,
         recv_layouts=tuple(cast("list[RecvLayout]", given.recv_layout or recv_layouts)),
-        routing=given.routing,
         backend=given.backend,
-        provider=given.provider,
-        iterations=given.iterations,
         num_sms=given.num_sms,
-        json=given.json,
-        seed=given.seed,
         lines=given.lines,
         plot=given.plot,
     )
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every command that exchanges tokens takes; all but how many tokens."""
+    for name in _OTHER_SIZES:
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=_default(name))
+    parser.add_argument("--wire", type=names_of(WIRE_KINDS), action="extend", help="repeatable, or a comma list")
+    parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0])
+    parser.add_argument("--provider", choices=PROVIDERS, default="auto", help="symmetric memory of the nvlink backend")
+    parser.add_argument("--iterations", type=_positive, metavar="N", help="default 50/3 (GPU/CPU)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a row")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def shared_flags(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `Flags` that `add_shared_flags` is for."""
+    return {
+        "sizes": {name: getattr(given, name) for name in _OTHER_SIZES} | {"tokens": None},
+        "wires": tuple(given.wire or _WIRES),
+        "routing": given.routing,
+        "provider": given.provider,
+        "iterations": given.iterations,
+        "json": given.json,
+        "seed": given.seed,
+    }
+
+
+def _default(name: str) -> str:
+    return f"default {'/'.join(str(getattr(_SIZES[device], name)) for device in ('cuda', 'cpu'))} (GPU/CPU)"
 
 
 def sizes(flags: Flags, member: Member) -> Geometry:
@@ -219,14 +233,17 @@ def _positive(text: str) -> int:
     return value
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
+    """Read a comma list of integers."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be integers with commas between, got {text!r}") from None
 
 
-def _names_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+def names_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what reads a comma list of these names."""
+
     def names(text: str) -> list[str]:
         found = text.split(",")
         for name in found:

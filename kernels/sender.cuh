@@ -15,6 +15,7 @@ struct Outbox {
     // Records of a sending warp whose copies are under way. Few are enough for the links, and the more there
     // are, the later the receiver hears of each. Flags are raised by so many behind one fence.
     static constexpr uint32_t kInFlight = QCOMM_IN_FLIGHT, kEvery = QCOMM_FLAGS_TOGETHER;
+    static_assert(kInFlight % kEvery == 0, "qcomm/tuning.py checks the same");
 
     Signals<kStages> written;  // by the team's warps
     Signals<kStages> read;     // by the sender: the stage may be written again

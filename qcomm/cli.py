@@ -1,4 +1,4 @@
-"""The command line: `python -m qcomm info | demo | trace | bench`."""
+"""The command line: `python -m qcomm info | demo | trace | bench | tune`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qcomm.errors import QcommError
 from qcomm.formats import WIRE_KINDS
 
 _BENCH_PREFIX = "bench_"
+_TUNE = "tune"
 _SIZES = (
     ("hidden", "elements in a token"),
     ("tokens", "most tokens of a rank; ranks take different numbers of them"),
@@ -49,7 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("name", nargs="?", metavar="NAME")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark")
 
-    options = parser.parse_args(argv)
+    # Its flags are those of the script, --help too.
+    commands.add_parser(_TUNE, add_help=False, help="measure how the kernels are best set here; start it with mpirun")
+
+    options, rest = parser.parse_known_args(argv)
+    if options.command == _TUNE:
+        return _tune(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         from qcomm.info import show
 
@@ -73,10 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(name: str | None, arguments: list[str]) -> int:
-    try:
-        folder = resources.find("benchmarks")
-    except QcommError as error:
-        sys.stderr.write(f"{error}\n")
+    folder = _benchmarks()
+    if folder is None:
         return 2
     scripts = {path.stem.removeprefix(_BENCH_PREFIX): path for path in sorted(folder.glob(f"{_BENCH_PREFIX}*.py"))}
     if name is None or name not in scripts:
@@ -85,6 +91,23 @@ def _bench(name: str | None, arguments: list[str]) -> int:
         return 2
     _run_script(scripts[name], arguments)
     return 0
+
+
+def _tune(arguments: list[str]) -> int:
+    folder = _benchmarks()
+    if folder is None:
+        return 2
+    _run_script(folder / f"{_TUNE}.py", arguments)
+    return 0
+
+
+def _benchmarks() -> Path | None:
+    """Return the folder of scripts; None if there is none, which is said."""
+    try:
+        return resources.find("benchmarks")
+    except QcommError as error:
+        sys.stderr.write(f"{error}\n")
+        return None
 
 
 def _run_script(script: Path, arguments: list[str]) -> None:

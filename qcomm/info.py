@@ -67,6 +67,7 @@ def rows() -> list[Row]:
         ("NVRTC", _nvrtc),
         ("nvcc", _nvcc),
         ("compile cache", _compile_cache),
+        ("tuning table", _tuning_table),
         ("backend", _backend),
     ]
     return [_guarded(name, item) for name, item in items]
@@ -275,6 +276,15 @@ def _compile_cache() -> Row:
 
     path = cache_dir()
     return Row("compile cache", str(path), "" if path.is_dir() else "made by the first compilation")
+
+
+def _tuning_table() -> Row:
+    from qcomm import tuning
+
+    table = tuning.current()
+    devices = {torch.cuda.get_device_properties(index).name for index in range(_num_gpus())}
+    here = sum(row.device in devices for row in table.rows)
+    return Row("tuning table", str(tuning.current_path()), f"{len(table.rows)} rows, {here} for the GPUs here")
 
 
 def _backend() -> Row:

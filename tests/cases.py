@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,8 @@ import torch
 from bit_patterns import equal_bits
 from ranks import device_of
 
-from qcomm import Buffer, DispatchHandle, Received, WireFormat, WirePrecision, reference, reference_exchange
+from qcomm import Buffer, DispatchHandle, Received, WireFormat, WirePrecision, reference, reference_exchange, tuning
 from qcomm.formats import MAXIMUM_RULES, RecvDtype, RecvLayout, Rounding, ScaleLayout, ScaleRule
-from qcomm.ops import comm
 from qcomm.reference_exchange import ExpectedReceived, ExpectedRows, Tokens
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
@@ -410,19 +408,9 @@ def run_cases(rank: int, num_ranks: int, device: str, backend: str, cases: Seque
     """
     problems = _run_cases(rank, num_ranks, device, backend, cases)
     if backend == "nvlink" and not problems:
-        with decode_tokens(0):
+        with tuning.force(decode_tokens=0):
             problems = _run_cases(rank, num_ranks, device, backend, cases)
     return problems
-
-
-@contextlib.contextmanager
-def decode_tokens(most: int) -> Iterator[None]:
-    """Let calls of at most so many tokens take one kernel."""
-    usual, comm.DECODE_TOKENS = comm.DECODE_TOKENS, most
-    try:
-        yield
-    finally:
-        comm.DECODE_TOKENS = usual
 
 
 def _run_cases(rank: int, num_ranks: int, device: str, backend: str, cases: Sequence[Case]) -> list[str]:

@@ -96,7 +96,7 @@ class FakeCuda:
         return self.capturing
 
     def get_device_properties(self, device: object) -> Any:
-        return SimpleNamespace(multi_processor_count=_NUM_SMS)
+        return SimpleNamespace(name="a GPU", multi_processor_count=_NUM_SMS)
 
     def synchronize(self, device: object) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = package / "benchmarks"
     folder.mkdir(parents=True)
     (folder / "bench_codec.py").write_text(SCRIPT)
+    (folder / "tune.py").write_text(SCRIPT)
     (folder / "bench_fails.py").write_text("raise SystemExit(3)")
     (folder / "helper.py").write_text("VALUE = 7")
     monkeypatch.setattr(resources, "_PACKAGE", package)
@@ -71,8 +73,34 @@ def test_bench_without_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "qcomm")
-    assert cli.main(["bench", "codec"]) == 2
-    assert str(tmp_path / "benchmarks") in capsys.readouterr().err
+    for arguments in (["bench", "codec"], ["tune"]):
+        assert cli.main(arguments) == 2
+        assert str(tmp_path / "benchmarks") in capsys.readouterr().err
+
+
+def test_tune_passes_every_argument_on(installation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--json", "a", "-h", "--help", "--wire", "x,y", "b", "--tokens=5"]
+    assert cli.main(["tune", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        "__main__",
+        [str(installation / "benchmarks/tune.py"), *arguments],
+        7,
+    ]
+
+
+def test_other_commands_take_no_unknown_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["info", "--jsonl"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: --jsonl" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("info", "demo", "trace", "bench", "tune"):
+        assert f"\n    {command} " in shown
 
 
 def test_find_prefers_the_package(installation: Path) -> None:

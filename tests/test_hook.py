@@ -16,10 +16,9 @@ from cases import BF16, FP8, MAX_TOKENS, MXFP4, STOCHASTIC, Case, Inputs, grid
 from fake_cuda import FakeCuda, nvlink_buffer
 from ranks import Pools, RankPool, Target, targets
 
-from qcomm import Buffer, DispatchHandle, QcommError, QcommRoutingError, QcommTimeoutError, Received
+from qcomm import Buffer, DispatchHandle, QcommError, QcommRoutingError, QcommTimeoutError, Received, tuning
 from qcomm import hook as hook_module
 from qcomm.formats import RECV_DTYPES, RECV_LAYOUTS, ScaleLayout
-from qcomm.ops import comm
 from qcomm.ops.comm import PHASES, TIMEOUT
 
 Hook = Callable[[], None]
@@ -329,7 +328,7 @@ def test_a_split_combine_sends_and_its_hook_receives(fake: Fake) -> None:
 def test_few_tokens_take_one_kernel_unless_split(fake: Fake) -> None:
     recv, handle = fake.buffer.dispatch(fake.x, fake.idx, static=True)
     fake.buffer.combine(torch.zeros(*recv.x.shape, dtype=torch.bfloat16), handle)
-    assert len(fake.x) <= comm.DECODE_TOKENS
+    assert all(len(fake.x) <= found.decode_tokens for found in tuning.current().defaults.values())
     assert fake.launched() == ["dispatch_decode", "combine_decode"]
 
 

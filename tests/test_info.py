@@ -47,6 +47,7 @@ EXPECTED_ITEMS = [
     "NVRTC",
     "nvcc",
     "compile cache",
+    "tuning table",
     "backend",
 ]
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, validate
+from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, tuning, validate
 from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
@@ -78,13 +78,13 @@ def label(spec: KernelSpec) -> str:
 def usage() -> dict[KernelSpec, ResourceUsage]:
     """What every kernel takes; NVRTC works without the interpreter's lock."""
     pytest.importorskip("cuda.core")
-    specs = list(dict.fromkeys(spec for shape in SHAPES for spec in all_specs(*shape)))
+    specs = list(dict.fromkeys(spec for shape in SHAPES for spec in all_specs(*shape, tuning.current().defaults)))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(specs, pool.map(lambda spec: jit.resource_usage(spec, ARCH), specs), strict=True))
 
 
 def test_every_kernel_is_listed_once() -> None:
-    specs = all_specs(7168, 8)
+    specs = all_specs(7168, 8, tuning.current().defaults)
     labels = [label(spec) for spec in specs]
     assert len(set(labels)) == len(labels) == len(set(specs))
     count = {name: sum(spec.name == name for spec in specs) for name in dict.fromkeys(spec.name for spec in specs)}
@@ -206,11 +206,16 @@ def carries(wire: WireFormat, x: WireInput, hidden: int) -> bool:
     return False
 
 
-def launches(hidden: int, num_topk: int) -> list[Launch]:
+def make_launcher(kernels: Any, num_sms: int | None = None, num_experts: int = 256) -> comm.Launcher:
+    """A launcher of two ranks as on a device that no row of the table is for."""
+    structure = comm.Comm(num_ranks=2, num_experts=num_experts, num_local_experts=num_experts // 2)
+    return comm.Launcher(kernels, structure, 132, tuning.choose_all("none", 2, num_sms))
+
+
+def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Launch]:
     """Drive every launcher with everything that a Buffer may pass it."""
     recorder = Recorder()
-    kernels: Any = recorder
-    launcher = comm.Launcher(kernels, comm.Comm(num_ranks=2, num_experts=256, num_local_experts=128), 132)
+    launcher = make_launcher(recorder, num_sms)
     handle = one_record(num_topk)
     y = torch.zeros(128, hidden, dtype=torch.bfloat16)
     overflows, words = torch.zeros(2, dtype=torch.int64), torch.zeros(num_topk, dtype=torch.int32)
@@ -243,7 +248,7 @@ def launches(hidden: int, num_topk: int) -> list[Launch]:
                     receive = dispatch.Receive(launcher, handle, placement, options, hidden, overflows, places=places)
                     receive.launch(0, 128, 0)
                 static = dataclasses.replace(options, static=True)
-                if not dispatch_decode.suits(static, 1):
+                if not dispatch_decode.suits(launcher, static, 1):
                     continue
                 _, params = receive.prepare(128, 0)
                 for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
@@ -263,7 +268,7 @@ def test_every_kernel_that_is_launched_is_listed(shape: tuple[int, int], monkeyp
     recorder: Any = Recorder()
     peer_store.launch_peer_store(recorder, 0, torch.zeros(16, dtype=torch.uint8), [16])
     launched = {launch.spec for launch in launches(*shape) + recorder.launches}
-    listed = set(all_specs(*shape))
+    listed = set(all_specs(*shape, tuning.current().defaults))
     assert {label(spec) for spec in launched ^ listed} == set()
 
 
@@ -301,6 +306,64 @@ def test_a_waiting_receiver_leaves_room_for_the_sender(
     assert len({recv.spec for _, recv in together}) == 2 * 12 + 4 + 4
     for pair in together:
         assert_fit(pair, usage)
+
+
+def test_the_most_records_in_flight_leave_room_too(usage: dict[KernelSpec, ResourceUsage]) -> None:
+    with tuning.force(in_flight=tuning.MAX_IN_FLIGHT, flags_together=1):
+        found = launches(7168, 8)
+    plain = [launch for launch in found if dict(launch.spec.constants).get("HADAMARD") == 0]
+    senders = {launch.spec for launch in plain if launch.spec.name.endswith("_send")}
+    senders |= {next(launch.spec for launch in plain if launch.spec.name == "dispatch_decode")}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        taken = dict(zip(senders, pool.map(lambda spec: jit.resource_usage(spec, ARCH), senders), strict=True))
+    # The file of combine is specialised as one, so its receivers are other kernels than before, which take the same.
+    receivers = {label(spec): use for spec, use in usage.items() if dict(spec.constants).get("HIDDEN", 7168) == 7168}
+    together = [(send, recv) for send, recv in pairs(plain) if send.spec in taken]
+    assert len({send.spec for send, _ in together}) == len(senders) - 1
+    for send, recv in together:
+        assert_fit((send, recv), {send.spec: taken[send.spec], recv.spec: receivers[label(recv.spec)]})
+    for spec, use in {**usage, **taken}.items():
+        if spec.name == "dispatch_decode":
+            assert use.static_shared_bytes <= dispatch_decode._STATIC_SHARED_BYTES
+
+
+def test_as_many_blocks_as_are_asked_for() -> None:
+    alone = ("barrier", "route", "count")
+    for num_sms, want in ((None, 132), (24, 24), (1000, 132)):
+        grids = {launch.grid for launch in launches(128, 8, num_sms) if launch.spec.name not in alone}
+        assert grids == {want}
+
+
+def test_few_tokens_take_one_kernel() -> None:
+    options = DispatchOptions(
+        recv_layout="batched",
+        recv_dtype="fp8",
+        alignment=128,
+        columnwise=False,
+        static=True,
+        capacity=None,
+        sf_layout=ScaleLayout.ROW_MAJOR,
+        wire=WireFormat("mxfp4"),
+        seed=0,
+        async_op=False,
+    )
+    kernels, record = None, one_record(8)
+    launcher = make_launcher(kernels)
+    assert dispatch_decode.suits(launcher, options, 256)
+    assert combine.is_decode(launcher, record, options.wire)
+    assert not dispatch_decode.suits(launcher, options, 257)
+    assert not dispatch_decode.suits(launcher, dataclasses.replace(options, static=False), 1)
+    with tuning.force(decode_tokens=0):
+        launcher = make_launcher(kernels)
+    assert not dispatch_decode.suits(launcher, options, 1)
+    assert not combine.is_decode(launcher, record, options.wire)
+    # However many tokens the table allows, the tables of experts must fit the shared memory of a block.
+    with tuning.force(decode_tokens=100_000):
+        launcher = make_launcher(kernels)
+    assert dispatch_decode.suits(launcher, options, 2048)
+    assert not dispatch_decode.suits(launcher, options, 100_000)
+    with tuning.force(decode_tokens=256):
+        assert not dispatch_decode.suits(make_launcher(kernels, num_experts=8192), options, 256)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

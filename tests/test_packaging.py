@@ -83,6 +83,7 @@ def test_kernels_are_found(installed: Installed) -> None:
 def test_contents(installed: Installed) -> None:
     package = installed.site / "qcomm"
     assert (package / "py.typed").is_file()
+    assert (package / "tuning.json").read_text() == (REPO / "qcomm" / "tuning.json").read_text()
     for folder in ("kernels", "benchmarks"):
         shipped = {path.name for path in (package / folder).glob("*.py")}
         assert shipped == {path.name for path in (REPO / folder).glob("*.py")}

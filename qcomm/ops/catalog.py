@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -37,10 +37,12 @@ from qcomm.ops.place import place_spec
 from qcomm.ops.quantize_mxfp4 import SOURCES, quantize_mxfp4_spec
 from qcomm.ops.route import route_spec
 from qcomm.reference import check_quantizer
+from qcomm.tuning import Op, Tuning
 
 
-def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
+def all_specs(hidden: int, num_topk: int, tunings: Mapping[Op, Tuning]) -> list[KernelSpec]:
     """Return every specialisation for tokens of `hidden` elements and `num_topk` experts, each once."""
+    to_dispatch, to_combine = tunings["dispatch"], tunings["combine"]
     specs = [
         barrier_spec(),
         peer_store_spec(),
@@ -48,7 +50,7 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
         *(place_spec(name, num_topk) for name in ("count", "place")),
     ]
     for wire in _wires():
-        specs += (send_spec(kind, encoding(wire, kind), hidden, num_topk) for kind in _inputs(wire))
+        specs += (send_spec(kind, encoding(wire, kind), hidden, num_topk, to_dispatch) for kind in _inputs(wire))
         specs += (
             recv_spec(dtype, False, decoding(wire), hidden, num_topk, places)
             for dtype in RECV_DTYPES
@@ -56,15 +58,15 @@ def all_specs(hidden: int, num_topk: int) -> list[KernelSpec]:
         )
         specs.append(recv_spec("fp8", True, decoding(wire), hidden, num_topk))
         specs += (
-            dispatch_decode_spec(kind, dtype, encoding(wire, kind), hidden, num_topk, index_bytes)
+            dispatch_decode_spec(kind, dtype, encoding(wire, kind), hidden, num_topk, index_bytes, to_dispatch)
             for kind in _inputs(wire)
             for dtype in RECV_DTYPES
             if stays_in_bits(dtype, wire)
             for index_bytes in (4, 8)
         )
-        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden))
-        specs.append(combine_spec("combine_recv", decoding(wire), hidden))
-        specs.append(combine_spec("combine_decode", encoding(wire, "bf16"), hidden))
+        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden, to_combine))
+        specs.append(combine_spec("combine_recv", decoding(wire), hidden, to_combine))
+        specs.append(combine_spec("combine_decode", encoding(wire, "bf16"), hidden, to_combine))
     return list(dict.fromkeys(specs))
 
 

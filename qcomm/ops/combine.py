@@ -9,7 +9,6 @@ import torch
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops import comm
 from qcomm.ops.comm import (
     Budget,
     Comm,
@@ -24,13 +23,13 @@ from qcomm.ops.comm import (
     wire_constants,
 )
 from qcomm.records import RecordLayout
+from qcomm.tuning import Tuning
 
 _SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
 _DECODE = Budget(warps=14, team_warps=14, registers=56, shared_bytes=96 * 1024, stages=6)
 _SENDERS = 1
 _MAX_CHUNKS = 12
-_IN_FLIGHT, _FLAGS_TOGETHER = 8, 4
-_DECODE_IN_FLIGHT, _DECODE_FLAGS_TOGETHER = 2, 1
+_DECODE_FLAGS = {"in_flight": 2, "flags_together": 1}
 
 
 class CombineSendParams(ctypes.Structure):
@@ -65,7 +64,7 @@ class CombineDecodeParams(ctypes.Structure):
     _fields_ = (("send", CombineSendParams), ("recv", CombineRecvParams))
 
 
-def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
+def combine_spec(name: str, wire: WireFormat, hidden: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     decodes = name == "combine_decode"
     sharing, budget = _send_teams(wire, hidden, decodes=decodes), _DECODE if decodes else _SEND
@@ -77,10 +76,9 @@ def combine_spec(name: str, wire: WireFormat, hidden: int) -> KernelSpec:
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
         recv_threads=_recv_threads(wire),
         senders=_SENDERS,
-        in_flight=_DECODE_IN_FLIGHT if decodes else _IN_FLIGHT,
-        flags_together=_DECODE_FLAGS_TOGETHER if decodes else _FLAGS_TOGETHER,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
+        **(_DECODE_FLAGS if decodes else tuning.constants),
         **sharing.constants(budget),
         **wire_constants(wire, hidden),
     )
@@ -129,23 +127,25 @@ def launch_send(
     """Sum each record's rows and send the sum to its token's rank."""
     hidden = y.shape[-1]
     sharing = _send_teams(wire, hidden)
-    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden)
+    tuning = launcher.tuning("combine", wire)
+    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden, tuning)
     params = _send_params(launcher, y, handle, wire, weighted, seed)
-    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
+    kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, out: torch.Tensor) -> None:
     """Fill the result as sums arrive."""
     if handle.num_tokens:
         params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
-        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), out.shape[1])
-        kernel.launch(launcher.num_sms, _recv_threads(wire), 0, stream, params)
+        tuning = launcher.tuning("combine", wire)
+        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), out.shape[1], tuning)
+        kernel.launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
 
 
-def is_decode(handle: DispatchHandle, num_ranks: int) -> bool:
+def is_decode(launcher: Launcher, handle: DispatchHandle, wire: WireFormat) -> bool:
     """Tell whether one kernel is faster than a barrier, a send and a receive: where tokens are few."""
-    most = comm.DECODE_TOKENS
-    return handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * num_ranks
+    most = launcher.tuning("combine", wire).decode_tokens
+    return handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
 
 
 def launch_decode(
@@ -161,10 +161,11 @@ def launch_decode(
     hidden = y.shape[-1]
     out = allocate(handle, hidden)
     sharing = _send_teams(wire, hidden, decodes=True)
-    kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden)
+    tuning = launcher.tuning("combine", wire)
+    kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden, tuning)
     params = CombineDecodeParams(
         _send_params(launcher, y, handle, wire, weighted, seed),
         CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens),
     )
-    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
+    kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
     return out

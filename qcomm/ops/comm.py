@@ -11,6 +11,7 @@ import torch
 from qcomm.formats import RECV_LAYOUTS, WIRE_KINDS, Rounding, WireFormat
 from qcomm.jit import KernelLoader, KernelSpec
 from qcomm.records import MetadataLayout, RecordLayout
+from qcomm.tuning import Op, Tuning, Tunings
 
 MAX_RANKS = 16
 MAX_TOPK = 32
@@ -20,8 +21,6 @@ MAX_HIDDEN = 40960
 _WARP_ELEMENTS = 512
 _MAX_TEAMS = 15
 """Named barriers of a block, less the one of the whole block."""
-DECODE_TOKENS = 256
-"""Most tokens of a rank for which one kernel does a whole call, because it takes less time to begin."""
 PHASES = ("barrier", "route", "dispatch", "combine")
 TIMEOUT, OVERFLOW, BAD_ROUTE = 1, 2, 3
 
@@ -106,11 +105,20 @@ class BarrierParams(ctypes.Structure):
 
 
 class Launcher(NamedTuple):
-    """What every launcher needs."""
+    """What every launcher needs; `num_sms` is what the device has."""
 
     kernels: KernelLoader
     comm: Comm
     num_sms: int
+    tunings: Tunings
+
+    def tuning(self, op: Op, wire: WireFormat) -> Tuning:
+        """Return how the kernels of an operation are set."""
+        return self.tunings[op, wire.kind]
+
+    def blocks(self, op: Op, wire: WireFormat) -> int:
+        """Return the blocks of a kernel, one an SM."""
+        return min(self.tuning(op, wire).num_sms or self.num_sms, self.num_sms)
 
 
 def spec(file: str, name: str, **constants: int) -> KernelSpec:

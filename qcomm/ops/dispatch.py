@@ -29,13 +29,13 @@ from qcomm.ops.comm import (
 from qcomm.ops.place import Placement
 from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
+from qcomm.tuning import Tuning
 
 _COLUMNWISE_THREADS = 256
 _TILES = 3
 _TILE_ROWS, _TILE_LANE_ROWS = 128, 16
 _TILE_REGISTERS = 48
 _SENDERS = 2
-_IN_FLIGHT, _FLAGS_TOGETHER = 2, 1
 _SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
 _RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
 _RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
@@ -92,12 +92,7 @@ class DispatchRecvParams(ctypes.Structure):
     )
 
 
-def sender_constants() -> dict[str, int]:
-    """Return the constants of warps that send."""
-    return {"senders": _SENDERS, "in_flight": _IN_FLIGHT, "flags_together": _FLAGS_TOGETHER}
-
-
-def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int) -> KernelSpec:
+def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `dispatch_send` for an input of kind bf16, fp8 or mxfp4."""
     return spec(
         "dispatch_send",
@@ -105,7 +100,8 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int) -> 
         input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
         num_topk=num_topk,
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
-        **sender_constants(),
+        senders=_SENDERS,
+        **tuning.constants,
         **_send_teams(wire, hidden, num_topk).constants(_SEND),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
@@ -225,8 +221,9 @@ def launch_send(
     params, kind = send_params(launcher, x, handle, routing, wire, seed)
     num_topk = handle.record_topk_idx.shape[1]
     sharing = _send_teams(wire, hidden, num_topk)
-    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, num_topk)
-    kernel.launch(launcher.num_sms, sharing.threads, sharing.shared_bytes, stream, params)
+    tuning = launcher.tuning("dispatch", wire)
+    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, num_topk, tuning)
+    kernel.launch(launcher.blocks("dispatch", wire), sharing.threads, sharing.shared_bytes, stream, params)
 
 
 class Receive:
@@ -305,7 +302,8 @@ class Receive:
             num_topk,
             self._places,
         )
-        kernel.launch(self._launcher.num_sms, self._threads, self._shared_bytes, stream, self._params)
+        blocks = self._launcher.blocks("dispatch", options.wire)
+        kernel.launch(blocks, self._threads, self._shared_bytes, stream, self._params)
 
     def prepare(self, num_rows: int, rows_per_expert: int) -> tuple[Payload, DispatchRecvParams]:
         """Allocate the received rows; return them, and what the kernel that fills them is given."""

@@ -9,22 +9,32 @@ from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops import comm
-from qcomm.ops.comm import Budget, Launcher, Teams, encoding, send_teams, spec, wire_constants
+from qcomm.ops.comm import (
+    MAX_BLOCK_SHARED_BYTES,
+    Budget,
+    Launcher,
+    Teams,
+    encoding,
+    send_teams,
+    spec,
+    wire_constants,
+)
 from qcomm.ops.dispatch import (
     DispatchRecvParams,
     DispatchSendParams,
     Routing,
     recv_stage_bytes,
     send_params,
-    sender_constants,
     stays_in_bits,
 )
 from qcomm.ops.place import host_constants
 from qcomm.records import MetadataLayout, RecordLayout
+from qcomm.tuning import Tuning
 
 _SENDERS = 2
 _BUDGET = Budget(warps=14, team_warps=14, registers=56, shared_bytes=88 * 1024, stages=6)
+_STATIC_SHARED_BYTES = 8 * 1024
+"""More than the kernel itself declares."""
 
 
 class DispatchDecodeParams(ctypes.Structure):
@@ -39,7 +49,13 @@ class DispatchDecodeParams(ctypes.Structure):
 
 
 def dispatch_decode_spec(
-    input_kind: str, recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int, index_bytes: int
+    input_kind: str,
+    recv_dtype: WireKind,
+    wire: WireFormat,
+    hidden: int,
+    num_topk: int,
+    index_bytes: int,
+    tuning: Tuning,
 ) -> KernelSpec:
     """Build the spec of `dispatch_decode`."""
     sharing = _teams(recv_dtype, wire, hidden, num_topk)
@@ -56,15 +72,18 @@ def dispatch_decode_spec(
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
         **host_constants(),
-        **sender_constants(),
+        senders=_SENDERS,
+        **tuning.constants,
         **sharing.constants(_BUDGET),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
 
 
-def suits(options: DispatchOptions, num_tokens: int) -> bool:
+def suits(launcher: Launcher, options: DispatchOptions, num_tokens: int) -> bool:
     """Tell whether a dispatch can be done by one kernel, and is faster by it."""
-    few = num_tokens <= comm.DECODE_TOKENS
+    room = MAX_BLOCK_SHARED_BYTES - _STATIC_SHARED_BYTES - _BUDGET.shared_bytes
+    few = num_tokens <= launcher.tuning("dispatch", options.wire).decode_tokens
+    few = few and table_bytes(launcher, num_tokens) <= room
     return few and options.static and not options.columnwise and stays_in_bits(options.recv_dtype, options.wire)
 
 
@@ -85,10 +104,17 @@ def launch_decode(
     wire = encoding(options.wire, kind)
     sharing = _teams(options.recv_dtype, wire, hidden, num_topk)
     kernel = launcher.kernels.get(
-        dispatch_decode_spec, kind, options.recv_dtype, wire, hidden, num_topk, routing.topk_idx.element_size()
+        dispatch_decode_spec,
+        kind,
+        options.recv_dtype,
+        wire,
+        hidden,
+        num_topk,
+        routing.topk_idx.element_size(),
+        launcher.tuning("dispatch", options.wire),
     )
     shared_bytes = sharing.shared_bytes + table_bytes(launcher, num_tokens)
-    kernel.launch(launcher.num_sms, sharing.threads, shared_bytes, stream, params)
+    kernel.launch(launcher.blocks("dispatch", options.wire), sharing.threads, shared_bytes, stream, params)
 
 
 def table_bytes(launcher: Launcher, num_tokens: int) -> int:

@@ -120,4 +120,5 @@ def launch_place(
     """Wait for all records, and give them their rows."""
     record = RecordLayout(wire.kind, hidden)
     params = PlaceParams(launcher.comm, placement, record.num_bytes, record.slot_bytes(MetadataLayout(num_topk)))
-    launcher.kernels.get(place_spec, "place", num_topk).launch(launcher.num_sms, _THREADS, 0, stream, params)
+    kernel = launcher.kernels.get(place_spec, "place", num_topk)
+    kernel.launch(launcher.blocks("dispatch", wire), _THREADS, 0, stream, params)

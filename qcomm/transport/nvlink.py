@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm import exchange
+from qcomm import exchange, tuning
 from qcomm.config import BufferConfig, Member, synchronize_hosts
 from qcomm.errors import (
     QcommError,
@@ -91,11 +91,12 @@ class NvlinkTransport:
             self._host = torch.zeros(host_words, dtype=torch.int32, pin_memory=True)
         self._host_view = self._host.numpy()
         self._reports_view = HostReports.from_address(self._reports.data_ptr())
-        num_device_sms = torch.cuda.get_device_properties(member.device).multi_processor_count
+        device = torch.cuda.get_device_properties(member.device)
         self._launcher = Launcher(
             KernelLoader(member.device, waits=True),
             self._comm(),
-            num_device_sms if num_sms is None else min(num_sms, num_device_sms),
+            device.multi_processor_count,
+            tuning.choose_all(device.name, member.num_ranks, num_sms),
         )
         self.symmetric_bytes = self._layout.num_bytes
         self._clear()
@@ -117,7 +118,7 @@ class NvlinkTransport:
             receive = Receive(
                 self._launcher, draft, placement, options, hidden, overflows, places=not options.columnwise
             )
-            if not options.split and dispatch_decode.suits(options, len(topk_idx)):
+            if not options.split and dispatch_decode.suits(self._launcher, options, len(topk_idx)):
                 payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
                 dispatch_decode.launch_decode(self._launcher, call.stream, x, draft, routing, params, options)
                 result = received(payload, draft, options)
@@ -170,7 +171,7 @@ class NvlinkTransport:
     ) -> tuple[torch.Tensor, Ending]:
         _check_addresses(y)
         with self._call(async_op, y, handle) as call:
-            if not split and combine.is_decode(handle, self._member.num_ranks):
+            if not split and combine.is_decode(self._launcher, handle, wire):
                 out = combine.launch_decode(self._launcher, call.stream, y, handle, wire, weighted, seed)
                 call.keep(out)
                 return out, Ending(call.event)
