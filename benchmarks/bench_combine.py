@@ -1,4 +1,4 @@
-"""Time combine on each wire, beside NCCL and the peer-store ceiling.
+"""Time combine on each wire, beside NCCL, DeepEP where it is installed, and the peer-store ceiling.
 
 Geometry: on GPUs 4096 tokens a rank of 7168, top-8 of 256 experts; on the CPU 64 of 256, top-4 of 16. BF16 in and out;
 expert-major rows, weighted ("token_major" ones, if asked for, are sums already and go unweighted).
@@ -13,7 +13,7 @@ remote = records to other ranks * bytes of a record.
 
 The NCCL baselines move sums that are ready: they add nothing up on either side. Every result is compared with an oracle
 first (oracle.py); a difference ends the run with code 1. harness.py says how calls are timed, baselines.py what
-NCCL does.
+NCCL does, deep_ep_baseline.py what DeepEP does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 
 import baselines
+import deep_ep_baseline
 import harness
 import oracle
 import runner
@@ -37,7 +38,7 @@ NAME = "combine"
 
 def main() -> int:
     flags = workload.parse(NAME, __doc__ or "", ("expert_major",), dispatch=False)
-    return runner.run(runner.Benchmark(NAME, _precision, baselines.combine, _measure), flags)
+    return runner.run(runner.Benchmark(NAME, _precision, baselines.combine, _measure, deep_ep_baseline.combine), flags)
 
 
 def _precision(wire: WireKind) -> WirePrecision:

@@ -35,7 +35,7 @@ _TOKENS = (1, 8, 32, 128)
 
 def main() -> int:
     flags = workload.parse(NAME, __doc__ or "", ("batched",), dispatch=True)
-    return runner.run(runner.Benchmark(NAME, _precision, baselines.dispatch, _measure, _TOKENS), flags)
+    return runner.run(runner.Benchmark(NAME, _precision, baselines.dispatch, _measure, tokens=_TOKENS), flags)
 
 
 def _precision(wire: WireKind) -> WirePrecision:

@@ -1,4 +1,4 @@
-"""Time dispatch on each wire and receive layout, beside NCCL and the peer-store ceiling.
+"""Time dispatch on each wire and receive layout, beside NCCL, DeepEP where it is installed, and the peer-store ceiling.
 
 Geometry: on GPUs 4096 tokens a rank of 7168, top-8 of 256 experts, BF16 in; on the CPU 64 of 256, top-4 of 16.
 
@@ -15,7 +15,7 @@ mxfp4 wire, hidden + 4 * hidden / 128 on fp8 and 2 * hidden on bf16, padded to 1
 bytes of a record.
 
 Every result is compared with an oracle first (oracle.py); a difference ends the run with code 1. harness.py says how
-calls are timed, baselines.py what NCCL does.
+calls are timed, baselines.py what NCCL does, deep_ep_baseline.py what DeepEP does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 
 import baselines
+import deep_ep_baseline
 import harness
 import oracle
 import runner
@@ -42,7 +43,9 @@ Dispatch = Callable[[], tuple[Received, DispatchHandle]]
 
 def main() -> int:
     flags = workload.parse(NAME, __doc__ or "", ("expert_major", "token_major"), dispatch=True)
-    return runner.run(runner.Benchmark(NAME, _precision, baselines.dispatch, _measure), flags)
+    return runner.run(
+        runner.Benchmark(NAME, _precision, baselines.dispatch, _measure, deep_ep_baseline.dispatch), flags
+    )
 
 
 def _precision(wire: WireKind) -> WirePrecision:

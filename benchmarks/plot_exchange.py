@@ -46,7 +46,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     for (call, wire, layout), found in series.items():
         found = sorted(found, key=lambda line: line["geometry"]["tokens"])
         style = {
-            "color": _COLOURS[wire],
+            # "mxfp4 bytes" are as many as of mxfp4.
+            "color": _COLOURS[wire.split()[0]],
             "marker": _MARKERS[calls.index(call) % len(_MARKERS)],
             "linestyle": ":" if layout == "-" else "-" if layout == "expert_major" else "--",
             "markersize": 4,

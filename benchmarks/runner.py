@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import baselines
+import deep_ep_baseline
 import harness
 import plot_exchange
 import workload
@@ -14,6 +15,8 @@ import workload
 from qcomm.buffer import Buffer
 from qcomm.formats import RecvLayout, WireKind, WirePrecision
 from qcomm.transport.select import Choice
+
+Baseline = Callable[[workload.Workload, baselines.Traffic, harness.Clock], list[harness.Row]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,13 +38,15 @@ class Benchmark:
         precision: of the buffer for a wire.
         baselines: times what NCCL would do, in BF16 first.
         measure: checks one configuration, then times it.
+        peer: times what DeepEP would do, where it is installed; None where it has no such call.
         tokens: counts to run one after the other where the command line names none; None is one run.
     """
 
     name: str
     precision: Callable[[WireKind], WirePrecision]
-    baselines: Callable[[workload.Workload, baselines.Traffic, harness.Clock], list[harness.Row]]
+    baselines: Baseline
     measure: Callable[[Context, Buffer, WireKind, RecvLayout], list[harness.Row]]
+    peer: Baseline | None = None
     tokens: tuple[int, ...] | None = None
 
 
@@ -86,12 +91,17 @@ def _run(benchmark: Benchmark, flags: workload.Flags, session: harness.Session, 
     context = Context(flags, work, baselines.find_traffic(work), clock)
     rows = benchmark.baselines(work, context.traffic, clock)
     nccl_us = rows[0].timing.p50_us
+    notes = []
+    if benchmark.peer is not None:
+        obstacles = [each for each in harness.gather(member, deep_ep_baseline.obstacle(member)) if each is not None]
+        notes = [f"{deep_ep_baseline.NAME}: {each}" for each in obstacles[:1]]
+        rows += [] if obstacles else benchmark.peer(work, context.traffic, clock)
     for wire in flags.wires:
         precision = benchmark.precision(wire)
         with work.buffer(precision, flags.backend, flags.provider, flags.num_sms) as buffer:
             for layout in flags.recv_layouts:
                 rows += benchmark.measure(context, buffer, wire, layout)
-    title = _title(flags, work, choice, machine, ceiling)
+    title = "\n".join([_title(flags, work, choice, machine, ceiling), *notes])
     words = "bench", benchmark.name
     about = {"benchmark": benchmark.name, **describe(words, flags, session, work, choice), "machine": machine}
     harness.report(member, rows, harness.Run(title, about, work.geometry.hidden, ceiling, nccl_us), flags.json)
