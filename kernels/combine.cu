@@ -2,8 +2,11 @@
 // sums of each token by rank; combine_decode does both, for few tokens. Float32, every product and every sum
 // rounded; the order of addition is fixed.
 #include "sender.cuh"
+#include "topk.cuh"
 #include "wait.cuh"
 
+// Whether numbers of rows may travel along; the kernel for few tokens has no registers for them.
+constexpr bool kTakesValues = QCOMM_TAKES_VALUES;
 constexpr int kSumBatch = kWire == kMxfp4 ? 4 : 2;  // records whose loads are in flight together
 // Vectors of a token that a receiving warp takes, so that it looks at the flags once for several.
 constexpr int kPartVecs = 2;
@@ -15,6 +18,7 @@ struct CombineSendParams {
     const int32_t* record_rows;       // [records, width]
     const float* record_weights;      // [records, width], or null for a plain sum
     const int32_t* record_src_token;  // [records]
+    const float* record_values;       // [records, kNumTopk] that travel behind the records, or null
     const uint8_t* y;                 // [rows, kHidden] bf16
     Quantizer quantizer;
     int32_t width;
@@ -26,6 +30,7 @@ struct CombineRecvParams {
     Comm comm;
     const int32_t* send_slot;  // [num_tokens, num_ranks]
     uint8_t* out;              // out [num_tokens, kHidden] bf16
+    float* values;             // out [num_tokens, kNumTopk], sums of what came, or null
     int32_t num_tokens;
 };
 
@@ -44,7 +49,8 @@ struct Item {
     int32_t source;
     uint32_t first_chunk;
     int32_t num_rows;
-    float weights[32];
+    float weights[kNumTopk];
+    float values[kNumTopk];
 };
 
 // What the warps of a block share.
@@ -98,6 +104,7 @@ struct Rows {
     int token;
     int row;  // -1 for none
     float weight;
+    float value;
 };
 
 // The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk.
@@ -107,13 +114,15 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
     const int lane = threadIdx.x % 32;
     int i = blockIdx.x - gridDim.x;
     const auto read = [&] {
-        Rows rows = {i, 0, -1, 1.0f};
+        Rows rows = {i, 0, -1, 1.0f, 0.0f};
         int record = -1;
         while (record < 0 && rows.i < records.total)
             record = records.record(rows.i += gridDim.x);
         i = rows.i;
         if (record < 0) return rows;
         rows.token = p.record_src_token[record];
+        if (kTakesValues && p.record_values != nullptr && lane < kNumTopk)
+            rows.value = p.record_values[static_cast<int64_t>(record) * kNumTopk + lane];
         if (lane >= p.width) return rows;
         const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
         rows.row = p.record_rows[entry];
@@ -130,6 +139,7 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
         Item& item = board.items[n % kStages];
         const uint32_t mask = __ballot_sync(kAllLanes, rows.row >= 0);
         if (rows.row >= 0) item.weights[__popc(mask & ((1u << lane) - 1))] = rows.weight;
+        if (kTakesValues && lane < kNumTopk) item.values[lane] = rows.value;
         if (lane == 0) {
             const int source = records.source(rows.i);
             const int64_t index = slot_index(comm, comm.rank, records.slot(rows.i));
@@ -198,8 +208,9 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
 // The warps that send: a lane has the one destination of each record. If the call is not known to have begun
 // on every rank, they wait for that first.
 template <bool kBegins>
-__device__ __forceinline__ void send_sums(const Comm& comm, uint32_t epoch, int num_records, SumBoard& board,
-                                          uint8_t* stages) {
+__device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t epoch, int num_records,
+                                          SumBoard& board, uint8_t* stages) {
+    const Comm& comm = p.comm;
     Sender sender(board.outbox, stages, epoch);
     const int lane = threadIdx.x % 32;
     bool came = true;
@@ -212,8 +223,15 @@ __device__ __forceinline__ void send_sums(const Comm& comm, uint32_t epoch, int 
     for (uint32_t n = sender.number(); n < num_records; n += kSenders) {
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
-        sender.next();
-        sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, kRecordBytes);
+        uint8_t* record = sender.next();
+        if (kTakesValues && p.record_values != nullptr) {
+            if (lane < kNumTopk) reinterpret_cast<float*>(record + kRecordBytes)[lane] = item.values[lane];
+            fence_proxy_async_shared();
+            __syncwarp();
+        }
+        const uint32_t num_bytes =
+            kRecordBytes + (kTakesValues && p.record_values != nullptr ? kMetadataBytes : 0);
+        sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, num_bytes);
     }
     sender.finish();
 }
@@ -231,7 +249,7 @@ __device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, uint
     } else if (role == 0) {
         load_rows(p, records, num_records, board, shared);
     } else {
-        send_sums<kBegins>(p.comm, epoch, num_records, board, stages);
+        send_sums<kBegins>(p, epoch, num_records, board, stages);
     }
 }
 
@@ -270,6 +288,17 @@ __device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t ep
         }
         if (!__all_sync(kAllLanes, arrived)) return;
         const uint32_t ranks = __ballot_sync(kAllLanes, slot >= 0);
+        if (kTakesValues && p.values != nullptr && first_vec == 0) {
+            float value = 0.0f;
+            for (uint32_t left = ranks; left != 0; left &= left - 1) {
+                const int rank = __ffs(left) - 1;
+                const int64_t index = slot_index(comm, rank, __shfl_sync(kAllLanes, slot, rank));
+                const volatile float* values =
+                    reinterpret_cast<const volatile float*>(records + index * kSlotBytes + kRecordBytes);
+                if (lane < kNumTopk) value += values[lane];
+            }
+            if (lane < kNumTopk) p.values[static_cast<int64_t>(token) * kNumTopk + lane] = value;
+        }
 #pragma unroll 1
         for (int step = 0; step < kPartVecs; ++step) {
             const int vec = first_vec + step * 32 + lane;

@@ -14,6 +14,7 @@ from qcomm.errors import (
     QcommUnsupportedError,
 )
 from qcomm.formats import Rounding, ScaleLayout, ScaleRule, WireFormat, WirePrecision
+from qcomm.functional import combine, dispatch
 from qcomm.handle import DispatchHandle, Received
 from qcomm.ops.dequantize import dequantize
 from qcomm.ops.fp8_transpose import fp8_transpose
@@ -46,7 +47,9 @@ __all__ = [
     "ScaleRule",
     "WireFormat",
     "WirePrecision",
+    "combine",
     "dequantize",
+    "dispatch",
     "fp8_transpose",
     "mxfp4_to_fp8",
     "mxfp4_to_fp8_columnwise",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, overload
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from qcomm import validate
 from qcomm.config import BufferConfig, Member, agree
 from qcomm.errors import QcommError
-from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.exchange import CombineOptions, DispatchOptions, Sums, WireInput
 from qcomm.formats import (
     FLOAT_SCALE_LAYOUTS,
     FP8_GROUP_SIZE,
@@ -28,7 +29,7 @@ from qcomm.formats import (
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.hook import RecvHook
 from qcomm.stats import BufferStats, CallLog
-from qcomm.transport.base import Transport
+from qcomm.transport.base import Ending, Transport
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
 from qcomm.transport.streams import profiled
 
@@ -108,11 +109,23 @@ class Buffer:
         )
         agree(self._config, self._member)
         self._choice: Choice = choose(self._config, self._member)
-        self._owner = Owner(next(_buffer_numbers), 0)
+        self._owner = Owner(next(_buffer_numbers), 0, weakref.ref(self))
         if comm_stream is None and self._member.device.type == "cuda":
             comm_stream = torch.cuda.Stream(self._member.device)
         self._comm_stream = comm_stream
         self._transport = create(self._choice, self._config, self._member, self._owner, comm_stream, num_sms)
+
+    @staticmethod
+    def of(handle: DispatchHandle) -> Buffer:
+        """Return the buffer that a handle belongs to.
+
+        Raises:
+            QcommError: it is gone.
+        """
+        found = handle.owner.ref()
+        if not isinstance(found, Buffer):
+            raise QcommError("the buffer that the handle belongs to is gone", phase="buffer.of")
+        return found
 
     @property
     def backend(self) -> str:
@@ -421,25 +434,51 @@ class Buffer:
             ValueError, TypeError: wrong arguments, before anything is launched.
             QcommTimeoutError, QcommPeerError, QcommError: as for `dispatch`.
         """
+        _check_split(return_recv_hook, async_op)
+        wire = self._config.precision.leg("combine", backward)
+        options = CombineOptions(wire, weighted=weighted, seed=seed, async_op=async_op, split=return_recv_hook)
+        sums, ending = self._combine(y, None, handle, options)
+        if ending.receive is not None:
+            return sums.out, self._leave("combine", ending.receive)
+        return (sums.out, ending.event) if async_op else sums.out
+
+    def _return_gradients(
+        self, rows: torch.Tensor, row_values: torch.Tensor | None, handle: DispatchHandle, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Bring the gradients of a dispatch's rows back to its tokens, and those of its weights. Collective.
+
+        Args:
+            rows: as `y` of `combine`; summed without weights, on the `combine_bwd` leg.
+            row_values: `[rows]` float32, "token_major" `[rows, num_topk]`, or None.
+            handle: of the dispatch.
+            seed: random bits of stochastic rounding.
+
+        Returns:
+            `[num_tokens, hidden]` bfloat16, and `[num_tokens, num_topk]` float32, which nothing rounds.
+        """
+        wire = self._config.precision.leg("combine", backward=True)
+        options = CombineOptions(wire, weighted=False, seed=seed, async_op=False, split=False)
+        sums, _ = self._combine(rows, row_values, handle, options)
+        return sums.out, sums.values
+
+    def _combine(
+        self, y: torch.Tensor, row_values: torch.Tensor | None, handle: DispatchHandle, options: CombineOptions
+    ) -> tuple[Sums, Ending]:
         transport = self._idle()
         self.check()
-        _check_split(return_recv_hook, async_op)
         self._check_handle(handle)
-        if handle.recv_layout == "token_major" and weighted:
+        if handle.recv_layout == "token_major" and options.weighted:
             raise ValueError("weighted must be False with recv_layout 'token_major', whose rows are sums, got True")
         rows: tuple[int, ...] = (handle.num_rows,)
         if handle.recv_layout == "batched":
             rows = (self.num_local_experts, handle.rows_per_expert)
         validate.tensor("y", y, shape=(*rows, self._config.hidden), dtypes=(torch.bfloat16,), device=self.device)
-        validate.seed(seed)
-        wire = self._config.precision.leg("combine", backward)
+        validate.seed(options.seed)
         with profiled("combine", self.device):
-            out, ending = transport.combine(y, handle, wire, weighted, seed, async_op, return_recv_hook)
+            sums, ending = transport.combine(y, row_values, handle, options)
         self._log.num_combines += 1
-        self._log.combined = handle, wire
-        if ending.receive is not None:
-            return out, self._leave("combine", ending.receive)
-        return (out, ending.event) if async_op else out
+        self._log.combined = handle, options.wire
+        return sums, ending
 
     def check(self) -> None:
         """Raise what the device reported since the last check: an overflow, a bad route or a timeout.

@@ -6,6 +6,7 @@ The collective transport is these functions around an all-to-all; the CUDA kerne
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,30 @@ from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 WireInput = torch.Tensor | FP8Tensor | MXFP4Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineOptions:
+    """One combine's choices, checked; `split` leaves the receive to a hook."""
+
+    wire: WireFormat
+    weighted: bool
+    seed: int
+    async_op: bool
+    split: bool
+
+
+class Sums(NamedTuple):
+    """The result of a combine.
+
+    Attributes:
+        out: `[num_tokens, hidden]` bfloat16.
+        values: `[num_tokens, num_topk]` float32: the numbers of each token's rows, which came along unrounded; None if
+            none were given.
+    """
+
+    out: torch.Tensor
+    values: torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +349,35 @@ def lay_out(
             values = reference.dequantize_fp8(held) if isinstance(held, FP8Tensor) else held
             x_columnwise, sf_columnwise = reference_columnwise.quantize_fp8_columnwise(values, offsets)
     return Payload(x, sf, x_columnwise, sf_columnwise, torch.stack(overflows))
+
+
+def record_values(row_values: torch.Tensor, handle_rows: torch.Tensor) -> torch.Tensor:
+    """Gather the numbers of each record's rows.
+
+    Args:
+        row_values: `[rows]` float32; `[rows, num_topk]` in the "token_major" layout.
+        handle_rows: `[records, width]` int32, -1 for none.
+
+    Returns:
+        `[records, num_topk]` float32, 0 where there is no row.
+    """
+    rows = handle_rows.to(torch.int64)
+    if row_values.dim() > 1:
+        rows = rows[:, 0]
+    if not row_values.shape[0]:
+        return row_values.new_zeros((*rows.shape, *row_values.shape[1:]))
+    there = (rows >= 0).view(*rows.shape, *(1,) * (row_values.dim() - 1))
+    return torch.where(there, row_values[rows.clamp(min=0)], 0.0)
+
+
+def values_over_ranks(parts: list[torch.Tensor], send_slot: torch.Tensor, num_topk: int) -> torch.Tensor:
+    """Sum the numbers that came back for each token: `[num_tokens, num_topk]` float32; each comes from one rank."""
+    total = torch.zeros(send_slot.shape[0], num_topk, dtype=torch.float32, device=send_slot.device)
+    for rank, part in enumerate(parts):
+        slot = send_slot[:, rank].to(torch.int64)
+        if part.shape[0]:
+            total = torch.where(slot[:, None] >= 0, total + part[slot.clamp(min=0)], total)
+    return total
 
 
 def partial_sums(y: torch.Tensor, handle_rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,12 +39,20 @@ class CompletedEvent:
         return True
 
 
+def _nobody() -> None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation."""
+    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation.
+
+    `ref()` is the buffer itself while it exists.
+    """
 
     buffer: int
     generation: int
+    ref: Callable[[], object] = dataclasses.field(default=_nobody, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,6 +134,8 @@ class Received:
         spread_overflows: `[2]` int64 on the device: blocks whose exponent distance was above 14, so that E4M3
             rounded them, in `x` and in `x_columnwise`.
         wire: format the rows travelled in.
+        grad_carrier: of `qcomm.dispatch`, where `x` is not bfloat16: a bfloat16 tensor of the rows' shape without
+            memory of its own, where what computes on `x` returns the gradient of the rows; else None.
     """
 
     x: torch.Tensor
@@ -140,6 +151,7 @@ class Received:
     topk_weights: torch.Tensor | None
     spread_overflows: torch.Tensor
     wire: WireFormat
+    grad_carrier: torch.Tensor | None = None
 
     def tensor(self) -> torch.Tensor | FP8Tensor | MXFP4Tensor:
         """Return `x` with its scales as one object, rows flattened: bfloat16, FP8Tensor or MXFP4Tensor."""

@@ -41,9 +41,9 @@ class RecordLayout:
         """Bytes of the whole record."""
         return align(self.data_bytes + self.sf_bytes, RECORD_ALIGNMENT)
 
-    def slot_bytes(self, metadata: MetadataLayout | None = None) -> int:
-        """Return the bytes of its place in symmetric memory, with the metadata behind it if there are any."""
-        return align(self.num_bytes + (metadata.num_bytes if metadata else 0), SLOT_ALIGNMENT)
+    def slot_bytes(self, behind: MetadataLayout | ValuesLayout | None = None) -> int:
+        """Return the bytes of its place in symmetric memory, with what may follow it there."""
+        return align(self.num_bytes + (behind.num_bytes if behind else 0), SLOT_ALIGNMENT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,18 @@ class MetadataLayout:
     def num_bytes(self) -> int:
         """Bytes in all."""
         return 4 * self.num_words
+
+
+@dataclasses.dataclass(frozen=True)
+class ValuesLayout:
+    """The float32 numbers, one per top-k entry, that may come back behind a record of combine."""
+
+    num_topk: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all, padded to 16."""
+        return align(4 * self.num_topk, RECORD_ALIGNMENT)
 
 
 def align(value: int, multiple: int) -> int:

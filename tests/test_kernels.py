@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, tuning, validate
-from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.exchange import CombineOptions, DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
@@ -255,9 +255,11 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
                     for dtype in (torch.int32, torch.int64) if carries(wire, x, hidden) else ():
                         routing = dispatch.Routing(torch.zeros(1, num_topk, dtype=dtype), None, words)
                         dispatch_decode.launch_decode(launcher, 0, x, handle, routing, params, static)
-        combine.launch_decode(launcher, 0, y, handle, wire, True, 0)
-        combine.launch_send(launcher, 0, y, handle, wire, True, 0)
-        combine.launch_recv(launcher, 0, handle, wire, combine.allocate(handle, hidden))
+        sums = combine.allocate(handle, hidden, True)
+        sent = CombineOptions(wire, weighted=True, seed=0, async_op=False, split=False)
+        combine.launch_decode(launcher, 0, y, handle, sent, sums)
+        combine.launch_send(launcher, 0, y, None, handle, sent)
+        combine.launch_recv(launcher, 0, handle, wire, sums)
     return recorder.launches
 
 

@@ -10,11 +10,14 @@ from typing import Literal
 import pytest
 
 from qcomm.formats import WirePrecision
-from qcomm.records import SYMMETRIC_ALIGNMENT, MetadataLayout, RecordLayout, SymmetricLayout
+from qcomm.records import SYMMETRIC_ALIGNMENT, MetadataLayout, RecordLayout, SymmetricLayout, ValuesLayout
 
 REPO = Path(__file__).resolve().parents[1]
 PRECISIONS = {"": WirePrecision(), "paper": WirePrecision.paper(), "aggressive": WirePrecision.aggressive()}
-OPS: dict[Literal["dispatch", "combine"], MetadataLayout | None] = {"dispatch": MetadataLayout(8), "combine": None}
+OPS: dict[Literal["dispatch", "combine"], MetadataLayout | ValuesLayout] = {
+    "dispatch": MetadataLayout(8),
+    "combine": ValuesLayout(8),
+}
 
 
 def layout(precision: WirePrecision, *, ranks: int = 4, tokens: int = 4096, hidden: int = 7168) -> SymmetricLayout:

@@ -64,9 +64,9 @@ def all_specs(hidden: int, num_topk: int, tunings: Mapping[Op, Tuning]) -> list[
             if stays_in_bits(dtype, wire)
             for index_bytes in (4, 8)
         )
-        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden, to_combine))
-        specs.append(combine_spec("combine_recv", decoding(wire), hidden, to_combine))
-        specs.append(combine_spec("combine_decode", encoding(wire, "bf16"), hidden, to_combine))
+        specs.append(combine_spec("combine_send", encoding(wire, "bf16"), hidden, num_topk, to_combine))
+        specs.append(combine_spec("combine_recv", decoding(wire), hidden, num_topk, to_combine))
+        specs.append(combine_spec("combine_decode", encoding(wire, "bf16"), hidden, num_topk, to_combine))
     return list(dict.fromkeys(specs))
 
 

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from qcomm.exchange import CombineOptions, Sums
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
@@ -22,7 +23,7 @@ from qcomm.ops.comm import (
     spec,
     wire_constants,
 )
-from qcomm.records import RecordLayout
+from qcomm.records import RecordLayout, ValuesLayout
 from qcomm.tuning import Tuning
 
 _SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
@@ -41,6 +42,7 @@ class CombineSendParams(ctypes.Structure):
         ("record_rows", ctypes.c_uint64),
         ("record_weights", ctypes.c_uint64),
         ("record_src_token", ctypes.c_uint64),
+        ("record_values", ctypes.c_uint64),
         ("y", ctypes.c_uint64),
         ("quantizer", Quantizer),
         ("width", ctypes.c_int32),
@@ -54,6 +56,7 @@ class CombineRecvParams(ctypes.Structure):
         ("comm", Comm),
         ("send_slot", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
         ("num_tokens", ctypes.c_int32),
     )
 
@@ -64,13 +67,15 @@ class CombineDecodeParams(ctypes.Structure):
     _fields_ = (("send", CombineSendParams), ("recv", CombineRecvParams))
 
 
-def combine_spec(name: str, wire: WireFormat, hidden: int, tuning: Tuning) -> KernelSpec:
+def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     decodes = name == "combine_decode"
-    sharing, budget = _send_teams(wire, hidden, decodes=decodes), _DECODE if decodes else _SEND
+    sharing, budget = _send_teams(wire, hidden, num_topk, decodes=decodes), _DECODE if decodes else _SEND
     return spec(
         "combine",
         name,
+        num_topk=num_topk,
+        takes_values=not decodes,
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
@@ -80,7 +85,7 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, tuning: Tuning) -> Ke
         chunk_bytes=sharing.chunk_bytes,
         **(_DECODE_FLAGS if decodes else tuning.constants),
         **sharing.constants(budget),
-        **wire_constants(wire, hidden),
+        **wire_constants(wire, hidden, ValuesLayout(num_topk)),
     )
 
 
@@ -89,63 +94,49 @@ def _recv_threads(wire: WireFormat) -> int:
     return 256 if wire.hadamard else 384
 
 
-def _send_teams(wire: WireFormat, hidden: int, *, decodes: bool = False) -> Teams:
+def _send_teams(wire: WireFormat, hidden: int, num_topk: int, *, decodes: bool = False) -> Teams:
     """Return the teams of a block of `combine_send` or `combine_decode`."""
-    slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes()
+    slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(ValuesLayout(num_topk))
     return send_teams(hidden, slot_bytes, _DECODE if decodes else _SEND, _SENDERS, _MAX_CHUNKS)
 
 
-def _send_params(
-    launcher: Launcher, y: torch.Tensor, handle: DispatchHandle, wire: WireFormat, weighted: bool, seed: int
-) -> CombineSendParams:
-    return CombineSendParams(
-        launcher.comm,
-        handle.recv_offsets.data_ptr(),
-        handle.record_rows.data_ptr(),
-        pointer(handle.record_topk_weights if weighted and handle.has_weights else None),
-        handle.record_src_token.data_ptr(),
-        y.data_ptr(),
-        Quantizer.of(wire, seed, 0),
-        handle.record_rows.shape[1],
-    )
-
-
-def allocate(handle: DispatchHandle, hidden: int) -> torch.Tensor:
+def allocate(handle: DispatchHandle, hidden: int, has_values: bool) -> Sums:
     """Allocate the result."""
-    return torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=handle.send_slot.device)
+    device, num_topk = handle.send_slot.device, handle.record_topk_idx.shape[1]
+    out = torch.empty(handle.num_tokens, hidden, dtype=torch.bfloat16, device=device)
+    values = torch.empty(handle.num_tokens, num_topk, dtype=torch.float32, device=device) if has_values else None
+    return Sums(out, values)
 
 
 def launch_send(
     launcher: Launcher,
     stream: int,
     y: torch.Tensor,
+    record_values: torch.Tensor | None,
     handle: DispatchHandle,
-    wire: WireFormat,
-    weighted: bool,
-    seed: int,
+    options: CombineOptions,
 ) -> None:
-    """Sum each record's rows and send the sum to its token's rank."""
-    hidden = y.shape[-1]
-    sharing = _send_teams(wire, hidden)
-    tuning = launcher.tuning("combine", wire)
-    kernel = launcher.kernels.get(combine_spec, "combine_send", encoding(wire, "bf16"), hidden, tuning)
-    params = _send_params(launcher, y, handle, wire, weighted, seed)
-    kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
+    """Sum each record's rows and send the sum to its token's rank, with the record's values if there are any."""
+    params = _send_params(launcher, y, record_values, handle, options)
+    _launch_sender("combine_send", launcher, stream, params, handle, options.wire, y.shape[-1])
 
 
-def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, out: torch.Tensor) -> None:
+def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, sums: Sums) -> None:
     """Fill the result as sums arrive."""
     if handle.num_tokens:
-        params = CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens)
-        tuning = launcher.tuning("combine", wire)
-        kernel = launcher.kernels.get(combine_spec, "combine_recv", decoding(wire), out.shape[1], tuning)
-        kernel.launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
+        tuning, num_topk = launcher.tuning("combine", wire), handle.record_topk_idx.shape[1]
+        key = combine_spec, "combine_recv", decoding(wire), sums.out.shape[1], num_topk, tuning
+        params = _recv_params(launcher, handle, sums)
+        launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
 
 
-def is_decode(launcher: Launcher, handle: DispatchHandle, wire: WireFormat) -> bool:
-    """Tell whether one kernel is faster than a barrier, a send and a receive: where tokens are few."""
+def is_decode(
+    launcher: Launcher, handle: DispatchHandle, wire: WireFormat, record_values: torch.Tensor | None = None
+) -> bool:
+    """Tell whether one kernel can do it, and is faster than a barrier, a send and a receive: where tokens are few."""
     most = launcher.tuning("combine", wire).decode_tokens
-    return handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
+    few = handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
+    return few and record_values is None
 
 
 def launch_decode(
@@ -153,19 +144,51 @@ def launch_decode(
     stream: int,
     y: torch.Tensor,
     handle: DispatchHandle,
-    wire: WireFormat,
-    weighted: bool,
-    seed: int,
-) -> torch.Tensor:
+    options: CombineOptions,
+    sums: Sums,
+) -> None:
     """Sum, send, receive and add, by one kernel."""
-    hidden = y.shape[-1]
-    out = allocate(handle, hidden)
-    sharing = _send_teams(wire, hidden, decodes=True)
+    params = CombineDecodeParams(_send_params(launcher, y, None, handle, options), _recv_params(launcher, handle, sums))
+    _launch_sender("combine_decode", launcher, stream, params, handle, options.wire, y.shape[-1])
+
+
+def _launch_sender(
+    name: str,
+    launcher: Launcher,
+    stream: int,
+    params: CombineSendParams | CombineDecodeParams,
+    handle: DispatchHandle,
+    wire: WireFormat,
+    hidden: int,
+) -> None:
+    num_topk = handle.record_topk_idx.shape[1]
+    sharing = _send_teams(wire, hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
-    kernel = launcher.kernels.get(combine_spec, "combine_decode", encoding(wire, "bf16"), hidden, tuning)
-    params = CombineDecodeParams(
-        _send_params(launcher, y, handle, wire, weighted, seed),
-        CombineRecvParams(launcher.comm, handle.send_slot.data_ptr(), out.data_ptr(), handle.num_tokens),
-    )
+    kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
     kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
-    return out
+
+
+def _send_params(
+    launcher: Launcher,
+    y: torch.Tensor,
+    record_values: torch.Tensor | None,
+    handle: DispatchHandle,
+    options: CombineOptions,
+) -> CombineSendParams:
+    return CombineSendParams(
+        launcher.comm,
+        handle.recv_offsets.data_ptr(),
+        handle.record_rows.data_ptr(),
+        pointer(handle.record_topk_weights if options.weighted and handle.has_weights else None),
+        handle.record_src_token.data_ptr(),
+        pointer(record_values),
+        y.data_ptr(),
+        Quantizer.of(options.wire, options.seed, 0),
+        handle.record_rows.shape[1],
+    )
+
+
+def _recv_params(launcher: Launcher, handle: DispatchHandle, sums: Sums) -> CombineRecvParams:
+    return CombineRecvParams(
+        launcher.comm, handle.send_slot.data_ptr(), sums.out.data_ptr(), pointer(sums.values), handle.num_tokens
+    )

@@ -10,7 +10,7 @@ import torch
 
 from qcomm.formats import RECV_LAYOUTS, WIRE_KINDS, Rounding, WireFormat
 from qcomm.jit import KernelLoader, KernelSpec
-from qcomm.records import MetadataLayout, RecordLayout
+from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
 from qcomm.tuning import Op, Tuning, Tunings
 
 MAX_RANKS = 16
@@ -136,8 +136,10 @@ def spec(file: str, name: str, **constants: int) -> KernelSpec:
     return KernelSpec.of(file, name, **common, **constants)
 
 
-def wire_constants(wire: WireFormat, hidden: int, metadata: MetadataLayout | None = None) -> dict[str, int]:
-    """Return the constants of kernels that read or write records, those of dispatch with metadata."""
+def wire_constants(
+    wire: WireFormat, hidden: int, behind: MetadataLayout | ValuesLayout | None = None
+) -> dict[str, int]:
+    """Return the constants of kernels that read or write records, and what may follow a record."""
     layout = RecordLayout(wire.kind, hidden)
     return {
         "hidden": hidden,
@@ -145,8 +147,8 @@ def wire_constants(wire: WireFormat, hidden: int, metadata: MetadataLayout | Non
         "hadamard": wire.hadamard,
         "stochastic": wire.rounding is Rounding.STOCHASTIC,
         "record_bytes": layout.num_bytes,
-        "metadata_bytes": metadata.num_bytes if metadata else 0,
-        "slot_bytes": layout.slot_bytes(metadata),
+        "metadata_bytes": behind.num_bytes if behind else 0,
+        "slot_bytes": layout.slot_bytes(behind),
         "scale_offset": layout.data_bytes,
     }
 

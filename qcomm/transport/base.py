@@ -8,8 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from qcomm.errors import QcommError, QcommOverflowError, QcommPeerError, QcommRoutingError
-from qcomm.exchange import DispatchOptions, Payload, WireInput, describe_bad_route
-from qcomm.formats import WireFormat
+from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput, describe_bad_route
 from qcomm.handle import DispatchHandle, Event, Received
 
 
@@ -46,14 +45,11 @@ class Transport(Protocol):
     def combine(
         self,
         y: torch.Tensor,
+        row_values: torch.Tensor | None,
         handle: DispatchHandle,
-        wire: WireFormat,
-        weighted: bool,
-        seed: int,
-        async_op: bool,
-        split: bool,
-    ) -> tuple[torch.Tensor, Ending]:
-        """Sum rows per token and return the sums to the tokens' ranks."""
+        options: CombineOptions,
+    ) -> tuple[Sums, Ending]:
+        """Sum rows per token and return the sums to the tokens' ranks; with `row_values`, each row's number too."""
 
     symmetric_bytes: int
 

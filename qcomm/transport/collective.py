@@ -18,8 +18,7 @@ import torch.distributed as dist
 from qcomm import exchange
 from qcomm.config import BufferConfig, Member
 from qcomm.errors import QcommError, QcommPeerError, QcommTimeoutError
-from qcomm.exchange import DispatchOptions, Routing, WireInput
-from qcomm.formats import WireFormat
+from qcomm.exchange import CombineOptions, DispatchOptions, Routing, Sums, WireInput
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
 from qcomm.records import MetadataLayout
 from qcomm.transport.base import (
@@ -70,17 +69,14 @@ class CollectiveTransport:
     def combine(
         self,
         y: torch.Tensor,
+        row_values: torch.Tensor | None,
         handle: DispatchHandle,
-        wire: WireFormat,
-        weighted: bool,
-        seed: int,
-        async_op: bool,
-        split: bool,
-    ) -> tuple[torch.Tensor, Ending]:
-        with _Async(self._member.device, self._comm_stream, async_op, y, handle) as run:
-            out = self._combine(y, handle, wire, weighted, seed)
-            run.keep(out)
-        return out, run.ending(split, out)
+        options: CombineOptions,
+    ) -> tuple[Sums, Ending]:
+        with _Async(self._member.device, self._comm_stream, options.async_op, y, row_values, handle) as run:
+            sums = self._combine(y, row_values, handle, options)
+            run.keep(*sums)
+        return sums, run.ending(options.split, *sums)
 
     def check(self) -> QcommError | None:
         noted, self._noted = self._noted, []
@@ -205,18 +201,22 @@ class CollectiveTransport:
         return received(payload, handle, options)
 
     def _combine(
-        self, y: torch.Tensor, handle: DispatchHandle, wire: WireFormat, weighted: bool, seed: int
-    ) -> torch.Tensor:
-        hidden, num_ranks = self._config.hidden, self._member.num_ranks
+        self, y: torch.Tensor, row_values: torch.Tensor | None, handle: DispatchHandle, options: CombineOptions
+    ) -> Sums:
+        hidden, num_ranks, wire = self._config.hidden, self._member.num_ranks, options.wire
         path = _Path.of(handle)
-        weights = handle.record_topk_weights if weighted and handle.has_weights else None
+        weights = handle.record_topk_weights if options.weighted and handle.has_weights else None
         sums = exchange.partial_sums(y.reshape(-1, hidden), handle.record_rows, weights)
         src = torch.searchsorted(path.offsets[1:].contiguous(), torch.arange(len(sums), device=sums.device), right=True)
         subsequence = exchange.combine_subsequence(src, self._member.rank, num_ranks)
-        records = exchange.encode_wire(sums, wire, seed, subsequence, handle.record_src_token.clamp(min=0))
+        records = exchange.encode_wire(sums, wire, options.seed, subsequence, handle.record_src_token.clamp(min=0))
         parts = self._backward(records, path, "combine.records")
         decoded = [exchange.decode_wire(part, wire, hidden) for part in parts]
-        return exchange.sum_over_ranks(decoded, handle.send_slot, hidden)
+        out = exchange.sum_over_ranks(decoded, handle.send_slot, hidden)
+        if row_values is None:
+            return Sums(out, None)
+        values = self._backward(exchange.record_values(row_values, handle.record_rows), path, "combine.values")
+        return Sums(out, exchange.values_over_ranks(list(values), handle.send_slot, self._config.num_topk))
 
     def _tokens_to_ranks(self, path: _Path) -> list[torch.Tensor]:
         tokens = exchange.tokens_by_slot(path.send_slot, self._config.num_max_tokens_per_rank)

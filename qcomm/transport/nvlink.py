@@ -25,8 +25,8 @@ from qcomm.errors import (
     QcommError,
     QcommTimeoutError,
 )
-from qcomm.exchange import DispatchOptions, Payload, WireInput
-from qcomm.formats import FP8_GROUP_SIZE, WireFormat
+from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput
+from qcomm.formats import FP8_GROUP_SIZE
 from qcomm.handle import DispatchHandle, Owner, Received
 from qcomm.jit import KernelLoader
 from qcomm.ops import combine, dispatch, dispatch_decode, place, route
@@ -43,7 +43,7 @@ from qcomm.ops.comm import (
 )
 from qcomm.ops.dispatch import Receive, Routing
 from qcomm.ops.place import Placement
-from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, align
+from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, ValuesLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import (
     Ending,
@@ -162,29 +162,29 @@ class NvlinkTransport:
     def combine(
         self,
         y: torch.Tensor,
+        row_values: torch.Tensor | None,
         handle: DispatchHandle,
-        wire: WireFormat,
-        weighted: bool,
-        seed: int,
-        async_op: bool,
-        split: bool,
-    ) -> tuple[torch.Tensor, Ending]:
+        options: CombineOptions,
+    ) -> tuple[Sums, Ending]:
         _check_addresses(y)
-        with self._call(async_op, y, handle) as call:
-            if not split and combine.is_decode(self._launcher, handle, wire):
-                out = combine.launch_decode(self._launcher, call.stream, y, handle, wire, weighted, seed)
-                call.keep(out)
-                return out, Ending(call.event)
+        with self._call(options.async_op, y, row_values, handle) as call:
+            sums = combine.allocate(handle, self._config.hidden, row_values is not None)
+            values = None if row_values is None else exchange.record_values(row_values, handle.record_rows)
+            if not options.split and combine.is_decode(self._launcher, handle, options.wire, values):
+                combine.launch_decode(self._launcher, call.stream, y, handle, options, sums)
+                call.keep(*sums)
+                return sums, Ending(call.event)
             launch_barrier(self._launcher, call.stream, None)
             with call.sending() as stream:
-                combine.launch_send(self._launcher, stream, y, handle, wire, weighted, seed)
-            out = combine.allocate(handle, self._config.hidden)
-            receive = functools.partial(combine.launch_recv, self._launcher, handle=handle, wire=wire, out=out)
-            if split:
-                return out, self._split(call, (receive,), out, handle)
+                combine.launch_send(self._launcher, stream, y, values, handle, options)
+            receive = functools.partial(
+                combine.launch_recv, self._launcher, handle=handle, wire=options.wire, sums=sums
+            )
+            if options.split:
+                return sums, self._split(call, (receive,), *sums, handle)
             receive(call.stream)
-            call.keep(out)
-        return out, Ending(call.event)
+            call.keep(*sums)
+        return sums, Ending(call.event)
 
     def check(self) -> QcommError | None:
         timeout, notice = self._reports_view.timeout, self._reports_view.notice
@@ -494,14 +494,14 @@ def _check_addresses(x: WireInput) -> None:
 
 
 def _symmetric_layout(config: BufferConfig, member: Member) -> SymmetricLayout:
-    def largest(op: str, metadata: MetadataLayout | None) -> int:
+    def largest(op: str, behind: MetadataLayout | ValuesLayout) -> int:
         legs = (config.precision.leg(op, backward) for backward in (False, True))  # type: ignore[arg-type]
-        return max(RecordLayout(leg.kind, config.hidden).slot_bytes(metadata) for leg in legs)
+        return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)
 
     return SymmetricLayout(
         num_ranks=member.num_ranks,
         num_local_experts=config.num_experts // member.num_ranks,
         max_tokens=config.num_max_tokens_per_rank,
         dispatch_slot_bytes=largest("dispatch", MetadataLayout(config.num_topk)),
-        combine_slot_bytes=largest("combine", None),
+        combine_slot_bytes=largest("combine", ValuesLayout(config.num_topk)),
     )
