@@ -1,4 +1,4 @@
-// What the two receive kernels of dispatch share: their parameters, and one lane's part of a row.
+// What the receive kernels of dispatch share: their parameters, and one lane's part of a row.
 #pragma once
 
 #include "place.cuh"
@@ -64,4 +64,24 @@ __device__ __forceinline__ uint32_t* scale_word(const DispatchRecvParams& p, int
         offset = expert * p.sf_expert_stride + index * p.sf_row_stride + word * p.sf_group_stride;
     }
     return reinterpret_cast<uint32_t*>(p.sf) + offset;
+}
+
+// Where the record of a row is, as index of its slot; -1 for none.
+__device__ __forceinline__ int64_t slot_of_row(const DispatchRecvParams& p, int row) {
+    const int record = p.placement.row_record[row];
+    if (record < 0) return -1;
+    int source = 0;
+    while (record >= p.placement.recv_offsets[source + 1])
+        ++source;
+    return slot_index(p.comm, source, record - p.placement.recv_offsets[source]);
+}
+
+// The expert whose group a row is in.
+__device__ __forceinline__ int expert_of_row(const DispatchRecvParams& p, int row) {
+    int expert = 0;
+    for (int step = 1 << 30; step > 0; step >>= 1) {
+        const int next = expert + step;
+        if (next < p.comm.num_local_experts && p.placement.group_offsets[next] <= row) expert = next;
+    }
+    return expert;
 }

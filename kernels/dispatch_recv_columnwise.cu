@@ -1,59 +1,38 @@
-// The receive side of dispatch that also writes the wgrad operand: row-wise and column-wise FP8 from one
-// read. For records whose columns must become floats; MXFP4 that need not has a kernel of its own.
+// The wgrad operand of what a dispatch received: column-wise FP8, of records whose columns must become
+// floats; MXFP4 that need not has a kernel of its own. Runs after dispatch_recv, whose records it reads
+// again.
 #include "dispatch_recv.cuh"
 
 constexpr int kTile = 128;
 constexpr int kThreads = 256;
 constexpr int kRowsPerThread = 4;
 constexpr int kTileStride = kTile + 4;
-constexpr int kStrips = 8;  // pieces of a row of tiles; a block waits for the records of a piece once
+constexpr int kStrips = 8;  // pieces of a row of tiles; a block looks for the records of a piece once
 
 // Any grid, 256 threads. A block takes strips of tiles of 128 rows by 128 columns; groups start at multiples
-// of 128, so a tile belongs to one expert. It waits for the flags of the tile's records and writes the tile
-// as dispatch_recv would, and transposed. Thread t holds 16 columns, from 16 * (t % 8) on, of 4 rows, from 4
+// of 128, so a tile belongs to one expert. Thread t holds 16 columns, from 16 * (t % 8) on, of 4 rows, from 4
 // * (t / 8) on; padding rows hold zeros.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     dispatch_recv_columnwise(const __grid_constant__ DispatchRecvParams p) {
     __shared__ __align__(16) uint8_t tile[kTile * kTileStride];
     __shared__ uint32_t warp_max[kThreads / 32][kTile];
     __shared__ int records[kTile];
-    __shared__ int arrived;
     const Comm& comm = p.comm;
     if (timed_out(comm)) return;
-    const uint32_t epoch = comm.state->epoch;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int column = threadIdx.x % kVecsPerGroup * kVec, row = threadIdx.x / kVecsPerGroup * kRowsPerThread;
     const int row_tiles = p.placement.group_offsets[comm.num_local_experts] / kTile;
     constexpr int kColumnTiles = kHidden / kTile;
     constexpr int kStrip = (kColumnTiles + kStrips - 1) / kStrips;
-    uint32_t row_overflows = 0;
 
     for (int i = blockIdx.x; i < row_tiles * kStrips; i += gridDim.x) {
         const int first_row = i / kStrips * kTile;
-        int expert = 0;
-        for (int step = 1 << 30; step > 0; step >>= 1) {
-            const int next = expert + step;
-            if (next < comm.num_local_experts && p.placement.group_offsets[next] <= first_row) expert = next;
-        }
+        const int expert = expert_of_row(p, first_row);
         const int group_begin = p.placement.group_offsets[expert],
                   group_rows = p.placement.group_offsets[expert + 1] - group_begin;
-        if (threadIdx.x == 0) arrived = 1;
+        if (threadIdx.x < kTile)
+            records[threadIdx.x] = static_cast<int>(slot_of_row(p, first_row + threadIdx.x));
         __syncthreads();
-        if (threadIdx.x < kTile) {
-            const int record = p.placement.row_record[first_row + threadIdx.x];
-            int64_t index = -1;
-            if (record >= 0) {
-                int source = 0;
-                while (record >= p.placement.recv_offsets[source + 1])
-                    ++source;
-                index = slot_index(comm, source, record - p.placement.recv_offsets[source]);
-                const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.dispatch_flags) + index;
-                if (!wait_flag(comm, flag, epoch, source, kPhaseDispatch)) arrived = 0;
-            }
-            records[threadIdx.x] = static_cast<int>(index);
-        }
-        __syncthreads();
-        if (!arrived) return;
 
         for (int tile_column = i % kStrips * kStrip;
              tile_column < min((i % kStrips + 1) * kStrip, kColumnTiles); ++tile_column) {
@@ -72,15 +51,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                     parts[r].scale = pow2(kMinScaleExponent);
                 }
             }
-#pragma unroll
-            for (int r = 0; r < kRowsPerThread; ++r) {
-                const LaneVec out = convert(parts[r], p.quantizer, row_overflows);
-                write_data<kFp8>(p.x + static_cast<int64_t>(first_row + row + r) * kRowBytes, vec, out);
-                if (vec % kVecsPerGroup == 0) {
-                    *scale_word(p, first_row + row + r, vec / kVecsPerGroup) = __float_as_uint(out.scale);
-                }
-            }
-
             uint32_t columns[kRowsPerThread][kVec / 4];  // E4M3 under the columns' scales: row r, 16 columns
             // Rows are decoded twice, which costs less than keeping them as floats.
             uint32_t amax[kVec] = {};
@@ -153,5 +123,4 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             __syncthreads();
         }
     }
-    add_overflows(p.placement.overflows, row_overflows);
 }

@@ -17,7 +17,7 @@ struct Placement {
     int32_t* group_offsets;          // out [num_local_experts + 1], or null by token
     int32_t* source_starts;          // out [num_ranks, num_local_experts]: a source's first row of an expert
     uint64_t* overflows;             // out [2], zeroed
-    int32_t* host;                   // out, pinned: see HOST_SEQUENCE in qcomm/ops/place.py; or null
+    int32_t* host;                   // out, pinned: see HOST_SEQUENCE in qcomm/ops/count.py; or null
     int32_t* record_src_token;       // out [records]
     int32_t* record_topk_idx;        // out [records, kNumTopk]
     float* record_topk_weights;      // out [records, kNumTopk]

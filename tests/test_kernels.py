@@ -24,7 +24,7 @@ from qcomm.exchange import CombineOptions, DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
-from qcomm.ops import codec, columnwise, combine, comm, dispatch, dispatch_decode, peer_store, place, route
+from qcomm.ops import codec, columnwise, combine, comm, count, dispatch, dispatch_decode, peer_store, route
 from qcomm.ops.catalog import all_specs, codec_specs
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
@@ -64,7 +64,7 @@ def label(spec: KernelSpec) -> str:
     words = [spec.name]
     if "INDEX_BYTES" in c:
         words.append(f"{8 * c['INDEX_BYTES']}-bit top-{c['NUM_TOPK']}")
-    elif spec.name in ("count", "place"):
+    elif spec.name == "count":
         words.append(f"top-{c['NUM_TOPK']}")
     if "WIRE" in c:
         wire = "rotated " * c["HADAMARD"] + "stochastic " * c["STOCHASTIC"] + WIRE_KINDS[c["WIRE"]]
@@ -93,7 +93,6 @@ def test_every_kernel_is_listed_once() -> None:
         "peer_store": 1,
         "route": 2,
         "count": 1,
-        "place": 1,
         "dispatch_send": 3 + 2 + 1 + 3 * 2,  # three more variants of mxfp4, from bf16 and from fp8
         "dispatch_recv": 2 * (3 * 3 + 3),  # with and without placing
         "dispatch_recv_columnwise": 2 + 1,
@@ -223,9 +222,8 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
     for dtype in (torch.int32, torch.int64):
         idx = torch.zeros(4096, num_topk, dtype=dtype)
         route.launch_route(launcher, 0, idx, torch.zeros(4096, 2, dtype=torch.int32), idx)
-    placement = place.Placement()
-    place.launch_count(launcher, 0, num_topk, placement, None, 1)
-    place.launch_place(launcher, 0, num_topk, placement, WIRES[0], hidden)
+    placement = count.Placement()
+    count.launch_count(launcher, 0, num_topk, placement, None, 1)
     for wire in WIRES:
         for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
             if carries(wire, x, hidden):
@@ -244,7 +242,7 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
                     seed=0,
                     async_op=False,
                 )
-                for places in (False,) if by_column else (False, True):
+                for places in (False, True):
                     receive = dispatch.Receive(launcher, handle, placement, options, hidden, overflows, places=places)
                     receive.launch(0, 128, 0)
                 static = dataclasses.replace(options, static=True)
@@ -406,8 +404,8 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "quantize.cuh": (comm.Quantizer,),
     "barrier.cu": (comm.BarrierParams,),
     "route.cu": (route.RouteParams,),
-    "place.cuh": (place.Placement,),
-    "place.cu": (place.PlaceParams,),
+    "place.cuh": (count.Placement,),
+    "count.cu": (count.CountParams,),
     "dispatch_send.cuh": (dispatch.DispatchSendParams,),
     "dispatch_recv.cuh": (dispatch.DispatchRecvParams,),
     "dispatch_decode.cu": (dispatch_decode.DispatchDecodeParams,),

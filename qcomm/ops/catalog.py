@@ -26,14 +26,14 @@ from qcomm.formats import (
 from qcomm.jit import KernelSpec
 from qcomm.ops.combine import combine_spec
 from qcomm.ops.comm import barrier_spec, decoding, encoding
+from qcomm.ops.count import count_spec
 from qcomm.ops.dequantize import DTYPES, dequantize_spec
-from qcomm.ops.dispatch import recv_spec, send_spec, stays_in_bits
+from qcomm.ops.dispatch import columnwise_spec, recv_spec, send_spec, stays_in_bits
 from qcomm.ops.dispatch_decode import dispatch_decode_spec
 from qcomm.ops.fp8_transpose import fp8_transpose_spec
 from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8_spec
 from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise_spec
 from qcomm.ops.peer_store import peer_store_spec
-from qcomm.ops.place import place_spec
 from qcomm.ops.quantize_mxfp4 import SOURCES, quantize_mxfp4_spec
 from qcomm.ops.route import route_spec
 from qcomm.reference import check_quantizer
@@ -47,16 +47,16 @@ def all_specs(hidden: int, num_topk: int, tunings: Mapping[Op, Tuning]) -> list[
         barrier_spec(),
         peer_store_spec(),
         *(route_spec(num_topk, index_bytes) for index_bytes in (4, 8)),
-        *(place_spec(name, num_topk) for name in ("count", "place")),
+        count_spec(num_topk),
     ]
     for wire in _wires():
         specs += (send_spec(kind, encoding(wire, kind), hidden, num_topk, to_dispatch) for kind in _inputs(wire))
         specs += (
-            recv_spec(dtype, False, decoding(wire), hidden, num_topk, places)
+            recv_spec(dtype, decoding(wire), hidden, num_topk, places)
             for dtype in RECV_DTYPES
             for places in (False, True)
         )
-        specs.append(recv_spec("fp8", True, decoding(wire), hidden, num_topk))
+        specs.append(columnwise_spec(decoding(wire), hidden, num_topk))
         specs += (
             dispatch_decode_spec(kind, dtype, encoding(wire, kind), hidden, num_topk, index_bytes, to_dispatch)
             for kind in _inputs(wire)

@@ -26,7 +26,7 @@ from qcomm.ops.comm import (
     spec,
     wire_constants,
 )
-from qcomm.ops.place import Placement
+from qcomm.ops.count import Placement
 from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 from qcomm.tuning import Tuning
@@ -107,29 +107,48 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int, tun
     )
 
 
-def recv_spec(
-    recv_dtype: WireKind, columnwise: bool, wire: WireFormat, hidden: int, num_topk: int, places: bool = False
-) -> KernelSpec:
+def recv_spec(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int, places: bool = False) -> KernelSpec:
     """Build the spec of the receive kernel; one that `places` also gives the records their rows."""
-    name, sharing = "dispatch_recv", _recv_teams(recv_dtype, wire, hidden).constants(_recv_budget(recv_dtype, wire))
-    sharing |= {"places": int(places), "row_stage_bytes": recv_stage_bytes(recv_dtype, hidden)}
-    if columnwise:
-        name, sharing = "dispatch_recv_columnwise", {}
-        if _by_tiles(wire):
-            name = "dispatch_recv_columnwise_mxfp4"
-            sharing = {
-                "threads": _COLUMNWISE_THREADS,
-                "tiles": _TILES,
-                "tile_shared_bytes": TILE_SHARED_BYTES,
-                "max_registers": _TILE_REGISTERS,
-            }
+    teams = _recv_teams(recv_dtype, wire, hidden)
+    return _recv_spec(
+        "dispatch_recv",
+        recv_dtype,
+        wire,
+        hidden,
+        num_topk,
+        places=int(places),
+        row_stage_bytes=recv_stage_bytes(recv_dtype, hidden),
+        **teams.constants(_recv_budget(recv_dtype, wire)),
+    )
+
+
+def columnwise_spec(wire: WireFormat, hidden: int, num_topk: int) -> KernelSpec:
+    """Build the spec of the kernel that writes the column-wise operand of what was received."""
+    if not _by_tiles(wire):
+        return _recv_spec("dispatch_recv_columnwise", "fp8", wire, hidden, num_topk)
+    return _recv_spec(
+        "dispatch_recv_columnwise_mxfp4",
+        "fp8",
+        wire,
+        hidden,
+        num_topk,
+        threads=_COLUMNWISE_THREADS,
+        tiles=_TILES,
+        tile_shared_bytes=TILE_SHARED_BYTES,
+        max_registers=_TILE_REGISTERS,
+    )
+
+
+def _recv_spec(
+    name: str, recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int, **constants: int
+) -> KernelSpec:
     return spec(
         name,
         name,
         recv=[*WIRE_KINDS].index(recv_dtype),
         num_topk=num_topk,
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
-        **sharing,
+        **constants,
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
 
@@ -257,13 +276,6 @@ class Receive:
             placement=placement,
             quantizer=Quantizer.of(WireFormat("mxfp4"), 0, 0),
         )
-        wire = decoding(options.wire)
-        self._threads, self._shared_bytes = _COLUMNWISE_THREADS, 0
-        if options.columnwise and _by_tiles(wire):
-            self._threads, self._shared_bytes = _TILES * _COLUMNWISE_THREADS, _TILES * TILE_SHARED_BYTES
-        elif not options.columnwise:
-            sharing = _recv_teams(options.recv_dtype, wire, hidden)
-            self._threads, self._shared_bytes = sharing.threads, sharing.shared_bytes
 
     @property
     def can_guess(self) -> bool:
@@ -292,18 +304,15 @@ class Receive:
 
     def fill(self, stream: int) -> None:
         """Fill what `prepare` allocated, as records arrive."""
-        options, num_topk = self._options, self._handle.record_topk_idx.shape[1]
-        kernel = self._launcher.kernels.get(
-            recv_spec,
-            options.recv_dtype,
-            options.columnwise,
-            decoding(options.wire),
-            self._hidden,
-            num_topk,
-            self._places,
-        )
-        blocks = self._launcher.blocks("dispatch", options.wire)
-        kernel.launch(blocks, self._threads, self._shared_bytes, stream, self._params)
+        options, num_topk, kernels = self._options, self._handle.record_topk_idx.shape[1], self._launcher.kernels
+        wire, blocks = decoding(options.wire), self._launcher.blocks("dispatch", options.wire)
+        sharing = _recv_teams(options.recv_dtype, wire, self._hidden)
+        kernel = kernels.get(recv_spec, options.recv_dtype, wire, self._hidden, num_topk, self._places)
+        kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params)
+        if options.columnwise:
+            tiles, shared_bytes = (_TILES, _TILES * TILE_SHARED_BYTES) if _by_tiles(wire) else (1, 0)
+            kernel = kernels.get(columnwise_spec, wire, self._hidden, num_topk)
+            kernel.launch(blocks, tiles * _COLUMNWISE_THREADS, shared_bytes, stream, self._params)
 
     def prepare(self, num_rows: int, rows_per_expert: int) -> tuple[Payload, DispatchRecvParams]:
         """Allocate the received rows; return them, and what the kernel that fills them is given."""

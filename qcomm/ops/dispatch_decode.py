@@ -19,6 +19,7 @@ from qcomm.ops.comm import (
     spec,
     wire_constants,
 )
+from qcomm.ops.count import host_constants
 from qcomm.ops.dispatch import (
     DispatchRecvParams,
     DispatchSendParams,
@@ -27,7 +28,6 @@ from qcomm.ops.dispatch import (
     send_params,
     stays_in_bits,
 )
-from qcomm.ops.place import host_constants
 from qcomm.records import MetadataLayout, RecordLayout
 from qcomm.tuning import Tuning
 

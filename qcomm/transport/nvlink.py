@@ -29,7 +29,7 @@ from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireI
 from qcomm.formats import FP8_GROUP_SIZE
 from qcomm.handle import DispatchHandle, Owner, Received
 from qcomm.jit import KernelLoader
-from qcomm.ops import combine, dispatch, dispatch_decode, place, route
+from qcomm.ops import combine, count, dispatch, dispatch_decode, route
 from qcomm.ops.comm import (
     BAD_ROUTE,
     MAX_RANKS,
@@ -41,8 +41,8 @@ from qcomm.ops.comm import (
     State,
     launch_barrier,
 )
+from qcomm.ops.count import Placement
 from qcomm.ops.dispatch import Receive, Routing
-from qcomm.ops.place import Placement
 from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, ValuesLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import (
@@ -87,7 +87,7 @@ class NvlinkTransport:
             chunk_words = 1 + route.num_keys(config.num_experts, member.num_ranks)
             self._chunks = torch.zeros(route.MAX_CHUNKS * chunk_words, dtype=torch.int32, device=member.device)
             self._reports = torch.zeros(ctypes.sizeof(HostReports), dtype=torch.uint8, pin_memory=True)
-            host_words = place.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
+            host_words = count.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
             self._host = torch.zeros(host_words, dtype=torch.int32, pin_memory=True)
         self._host_view = self._host.numpy()
         self._reports_view = HostReports.from_address(self._reports.data_ptr())
@@ -115,9 +115,7 @@ class NvlinkTransport:
             draft, ordinals, source_starts = self._draft(topk_idx, topk_weights, options)
             placement = Placement.of(draft, source_starts, overflows)
             routing = Routing(topk_idx, topk_weights, ordinals)
-            receive = Receive(
-                self._launcher, draft, placement, options, hidden, overflows, places=not options.columnwise
-            )
+            receive = Receive(self._launcher, draft, placement, options, hidden, overflows, places=True)
             if not options.split and dispatch_decode.suits(self._launcher, options, len(topk_idx)):
                 payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
                 dispatch_decode.launch_decode(self._launcher, call.stream, x, draft, routing, params, options)
@@ -127,12 +125,12 @@ class NvlinkTransport:
             route.launch_route(self._launcher, call.stream, topk_idx, draft.send_slot, ordinals)
             with call.sending() as stream:
                 dispatch.launch_send(self._launcher, stream, x, draft, routing, options.wire, options.seed)
-            count = functools.partial(self._launch_count, placement=placement, options=options)
+            counts = functools.partial(self._launch_count, placement=placement, options=options)
             if options.split:
                 handle, (payload, _) = draft, receive.prepare(draft.num_rows, draft.rows_per_expert)
                 result = received(payload, handle, options)
-                return result, handle, self._split(call, (count, receive.fill), result, handle)
-            count(call.stream)
+                return result, handle, self._split(call, (counts, receive.fill), result, handle)
+            counts(call.stream)
             if options.static:
                 handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
             else:
@@ -303,12 +301,10 @@ class NvlinkTransport:
         return handle, ordinals, source_starts
 
     def _launch_count(self, stream: int, placement: Placement, options: DispatchOptions) -> None:
-        """Say what comes; where the receive needs every row beforehand, also where all of it goes."""
+        """Say what comes."""
         self._sequence += 1
         host, num_topk = None if options.static else self._host, self._config.num_topk
-        place.launch_count(self._launcher, stream, num_topk, placement, host, self._sequence)
-        if options.columnwise:
-            place.launch_place(self._launcher, stream, num_topk, placement, options.wire, self._config.hidden)
+        count.launch_count(self._launcher, stream, num_topk, placement, host, self._sequence)
 
     def _receive_counted(
         self, call: _Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
@@ -340,23 +336,23 @@ class NvlinkTransport:
         placed = torch.cuda.Event()
         placed.record()
         spins = 0
-        while host[place.HOST_SEQUENCE] != self._sequence:
+        while host[count.HOST_SEQUENCE] != self._sequence:
             spins += 1
             if spins % _SPINS_PER_QUERY == 0:
                 placed.query()  # the kernels end by their deadline; a broken CUDA context raises here
-        if not host[place.HOST_READY]:
+        if not host[count.HOST_READY]:
             while not self._reports_view.timeout.code:
                 pass
             raise self._timeout_error(self._reports_view.timeout)
-        bad_rank, bad_token = int(host[place.HOST_BAD_RANK]), int(host[place.HOST_BAD_TOKEN])
+        bad_rank, bad_token = int(host[count.HOST_BAD_RANK]), int(host[count.HOST_BAD_TOKEN])
         if bad_rank == member.rank:
             raise routing_error(member.rank, bad_token, topk_idx[bad_token].tolist(), self._config.num_experts)
         if bad_rank >= 0:
             raise peer_routing_error(member.rank, bad_rank, bad_token)
-        first = place.HOST_FIXED + member.num_ranks + 1
-        offsets = host[place.HOST_FIXED : first].tolist()
+        first = count.HOST_FIXED + member.num_ranks + 1
+        offsets = host[count.HOST_FIXED : first].tolist()
         per_expert = tuple(host[first:].tolist())
-        rows = (int(host[place.HOST_ROWS]), int(host[place.HOST_ROWS_PER_EXPERT]))
+        rows = (int(host[count.HOST_ROWS]), int(host[count.HOST_ROWS_PER_EXPERT]))
         return _Counts(offsets, per_expert, rows)
 
     def _timeout_error(self, report: Report) -> QcommTimeoutError:

@@ -1,4 +1,4 @@
-"""Launch placing: what is about to come (count), and where all of it goes (place)."""
+"""Launch counting: what is about to come; and the structure by which records are given their rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import ctypes
 
 import torch
 
-from qcomm.formats import RECV_LAYOUTS, WireFormat
+from qcomm.formats import RECV_LAYOUTS
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, pointer, spec
-from qcomm.records import MetadataLayout, RecordLayout
 
 HOST_SEQUENCE, HOST_READY, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_ROWS, HOST_ROWS_PER_EXPERT, HOST_FIXED = range(7)
 """Words of the host table that `count` fills: sequence number, whether every peer came in time, bad rank and token (-1
@@ -69,15 +68,10 @@ class Placement(ctypes.Structure):
         )
 
 
-class PlaceParams(ctypes.Structure):
-    """See `PlaceParams` in kernels/place.cu."""
+class CountParams(ctypes.Structure):
+    """See `CountParams` in kernels/count.cu."""
 
-    _fields_ = (
-        ("comm", Comm),
-        ("placement", Placement),
-        ("record_bytes", ctypes.c_int32),
-        ("slot_bytes", ctypes.c_int32),
-    )
+    _fields_ = (("comm", Comm), ("placement", Placement))
 
 
 def host_constants() -> dict[str, int]:
@@ -92,13 +86,13 @@ def host_constants() -> dict[str, int]:
     }
 
 
-def place_spec(name: str, num_topk: int) -> KernelSpec:
-    """Build the spec of `count` or `place`."""
+def count_spec(num_topk: int) -> KernelSpec:
+    """Build the spec of `count`."""
     return spec(
-        "place",
-        name,
+        "count",
+        "count",
         num_topk=num_topk,
-        sizeof_place=ctypes.sizeof(PlaceParams),
+        sizeof_count=ctypes.sizeof(CountParams),
         **host_constants(),
     )
 
@@ -108,17 +102,7 @@ def launch_count(
 ) -> None:
     """Wait for every peer's counts, and say what comes; with a host table, tell the host under a sequence number."""
     comm = launcher.comm
-    params = PlaceParams(launcher.comm, placement)
+    params = CountParams(launcher.comm, placement)
     params.placement.host, params.placement.host_sequence = pointer(host), sequence
     shared_bytes = 4 * (2 * comm.num_local_experts + comm.num_ranks + 2)
-    launcher.kernels.get(place_spec, "count", num_topk).launch(1, _THREADS, shared_bytes, stream, params)
-
-
-def launch_place(
-    launcher: Launcher, stream: int, num_topk: int, placement: Placement, wire: WireFormat, hidden: int
-) -> None:
-    """Wait for all records, and give them their rows."""
-    record = RecordLayout(wire.kind, hidden)
-    params = PlaceParams(launcher.comm, placement, record.num_bytes, record.slot_bytes(MetadataLayout(num_topk)))
-    kernel = launcher.kernels.get(place_spec, "place", num_topk)
-    kernel.launch(launcher.blocks("dispatch", wire), _THREADS, 0, stream, params)
+    launcher.kernels.get(count_spec, num_topk).launch(1, _THREADS, shared_bytes, stream, params)

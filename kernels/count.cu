@@ -1,0 +1,32 @@
+// What a rank is about to receive.
+#include "count.cuh"
+
+struct CountParams {
+    Comm comm;
+    Placement placement;
+};
+
+static_assert(sizeof(CountParams) == QCOMM_SIZEOF_COUNT, "qcomm/ops/count.py holds the same structure");
+
+// Waits for every rank's counts and counts what comes. Zeroes the overflow counters of the receive that
+// follows.
+//
+// Grid 1, any block of at least two warps. Dynamic shared memory: count_records' table.
+extern "C" __global__ void count(const __grid_constant__ CountParams params) {
+    extern __shared__ int32_t table[];
+    const Comm& comm = params.comm;
+    const Placement& p = params.placement;
+    const uint32_t epoch = comm.state->epoch;
+    __shared__ uint32_t came;
+    const bool ready = wait_for_counts(comm, WholeBlock(), epoch, true, &came);
+    if (ready) count_records(comm, WholeBlock(), p, epoch, table, true);
+    if (threadIdx.x < 2) p.overflows[threadIdx.x] = 0;
+    if (p.host == nullptr) return;
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        p.host[QCOMM_HOST_READY] = ready;
+        __threadfence_system();
+        store_release_sys(reinterpret_cast<uint32_t*>(p.host), p.host_sequence);
+    }
+}
