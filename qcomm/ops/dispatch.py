@@ -34,7 +34,7 @@ from qcomm.tuning import Tuning
 _COLUMNWISE_THREADS = 256
 _TILES = 3
 _TILE_ROWS, _TILE_LANE_ROWS = 128, 16
-_TILE_REGISTERS = 48
+_TILE_REGISTERS = 72
 _SENDERS = 2
 _SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
 _RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
