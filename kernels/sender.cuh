@@ -67,8 +67,9 @@ class Sender {
     __device__ __forceinline__ void finish() { raise<0>(); }
 
   private:
-    // Records that may not have been read from their stages yet when the next is sent.
-    static constexpr int kUnread = kStages / (2 * kSenders);
+    // Records that may not have been read from their stages yet when the next is sent: the more, the fewer
+    // stages there are to write ahead.
+    static constexpr int kUnread = kStages > 2 * kSenders ? 1 : 0;
 
     __device__ __forceinline__ uint32_t record() const { return sent_ * kSenders + number_; }
 
