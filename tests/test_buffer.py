@@ -29,6 +29,7 @@ from qcomm import (
     Received,
     WireFormat,
     WirePrecision,
+    tuning,
     validate,
 )
 from qcomm import buffer as buffer_module
@@ -110,14 +111,15 @@ def test_several_buffers(target: Target) -> None:
     target.run(_two_buffers)
 
 
-def _interleaved(rank: int, num_ranks: int, device: str, backend: str) -> None:
+def _interleaved(rank: int, num_ranks: int, device: str, backend: str, decode_tokens: int) -> None:
     """Two buffers on a stream each; where ranks need not call in one order, every other rank takes the other one."""
     todo = [
-        dataclasses.replace(CASE, static=True, routes="random", hidden=hidden, recv_dtype="bf16")
+        dataclasses.replace(CASE, static=True, routes="random", hidden=hidden, recv_dtype="bf16", wire=BF16)
         for hidden in (1024, 384)
     ]
     inputs = [cases.make_inputs(case, num_ranks) for case in todo]
-    buffers = [cases.make_buffer(case, num_ranks, device, backend) for case in todo]
+    with tuning.force(decode_tokens=decode_tokens):
+        buffers = [cases.make_buffer(case, num_ranks, device, backend) for case in todo]
     on_gpu = buffers[0].device.type == "cuda"
     streams = [torch.cuda.Stream(buffer.device) if on_gpu else None for buffer in buffers]
     given = []
@@ -147,8 +149,9 @@ def _interleaved(rank: int, num_ranks: int, device: str, backend: str) -> None:
 
 
 @targets(2, 3)
-def test_buffers_on_streams_of_their_own(target: Target) -> None:
-    target.run(_interleaved)
+@pytest.mark.parametrize("decode_tokens", [0, 256], ids=["many", "few"])
+def test_buffers_on_streams_of_their_own(target: Target, decode_tokens: int) -> None:
+    target.run(_interleaved, decode_tokens)
 
 
 def _async(rank: int, num_ranks: int, device: str, backend: str) -> None:
