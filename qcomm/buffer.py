@@ -138,6 +138,11 @@ class Buffer:
         return self._choice.reason
 
     @property
+    def group(self) -> dist.ProcessGroup:
+        """The group it exchanges in."""
+        return self._member.group
+
+    @property
     def rank(self) -> int:
         """This rank in the group."""
         return self._member.rank
