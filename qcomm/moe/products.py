@@ -151,7 +151,7 @@ def probe(product: Product, device: torch.device) -> dict[Backend, str]:
         try:
             error = _probe_error(product, backend, device)
         except Exception as raised:
-            found[backend] = f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
+            found[backend] = f"{type(raised).__name__}: {raised}".split(". ")[0].splitlines()[0]
         else:
             if not error < _PROBE_ERROR:
                 found[backend] = f"a relative error of {error:.3g} in a product that was tried"
