@@ -158,6 +158,16 @@ class Buffer:
         return self._config.num_experts // self._member.num_ranks
 
     @property
+    def num_topk(self) -> int:
+        """Width of `topk_idx`."""
+        return self._config.num_topk
+
+    @property
+    def hidden(self) -> int:
+        """Elements in a token."""
+        return self._config.hidden
+
+    @property
     def device(self) -> torch.device:
         """Where tensors live."""
         return self._member.device

@@ -241,9 +241,9 @@ def _refused(rank: int, num_ranks: int) -> None:
                 "recv must have the layout 'expert_major'",
             ),
         ):
+            changed: dict[str, Any] = {"recv": recv, "handle": handle, "w1": w1, "w2": w2, **kwargs}
             with pytest.raises(ValueError, match=message):
-                kwargs = {"recv": recv, "handle": handle, "w1": w1, "w2": w2, **kwargs}
-                swiglu_experts(**kwargs)
+                swiglu_experts(**changed)
 
 
 def test_arguments(pools: Pools) -> None:

@@ -95,6 +95,13 @@ class MXFP4MoELayer(nn.Module):
             )
         elif group is not None or precision is not None or num_max_tokens_per_rank is not None:
             raise ValueError("group, precision and num_max_tokens_per_rank must be None with a buffer, which has them")
+        for name, size, held in (
+            ("num_experts", config.num_experts, buffer.num_local_experts * buffer.num_ranks),
+            ("num_topk", config.num_topk, buffer.num_topk),
+            ("hidden", config.hidden, buffer.hidden),
+        ):
+            if size != held:
+                raise ValueError(f"buffer must be of {name}={size}, the layer's, got {name}={held}")
         self.config, self.keep, self.recompute, self.weights_in = config, keep, recompute, weights_in
         self.buffer = buffer
         device = buffer.device
