@@ -137,8 +137,9 @@ def against_bf16(
     return {name: relative_error(results[1][name], results[0][name]) for name in results[0]}
 
 
-# An operand in MXFP4 is off by 0.115 of a Gaussian's norm, one in FP8 by 0.026. Each product adds its operands' squares,
-# SwiGLU about doubles them. The router's gradient is a difference: of normalised weights only ratios count.
+# An operand in MXFP4 is off by 0.115 of a Gaussian's norm, one in FP8 by 0.026. A product adds the squares of its
+# operands' errors, SwiGLU about doubles them. The router's gradient is a difference: of normalised weights only ratios
+# count.
 BOUNDS: dict[Keep, dict[str, float]] = {
     "fp8": {"out": 0.09, "x": 0.1, "w1": 0.1, "w2": 0.09, "router.weight": 0.2},
     "mxfp4": {"out": 0.22, "x": 0.24, "w1": 0.27, "w2": 0.27, "router.weight": 0.5},
@@ -233,6 +234,21 @@ def test_training_lowers_the_loss_alike(pool2: RankPool) -> None:
     for losses in (bf16, recipe):
         assert losses[-1] < 0.3 * losses[0], losses
     assert recipe[-1] < 1.5 * bf16[-1], (bf16[-1], recipe[-1])
+
+
+def under_autocast(rank: int, num_ranks: int, keep: Keep) -> None:
+    results = []
+    for enabled in (False, True):
+        layer = make(CONFIG, rank, num_ranks, precision=WIRES[keep], keep=keep)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(step(layer, *tokens(COUNTS["uneven"], rank)))
+        layer.destroy()
+    assert all(equal_bits(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_autocast_changes_nothing(pool2: RankPool, keep: Keep) -> None:
+    pool2.run(under_autocast, keep)
 
 
 def shared_buffer(rank: int, num_ranks: int) -> None:

@@ -95,7 +95,9 @@ def grouped_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
     if x.shape[0] == 0:
         return torch.empty(0, w.shape[1], dtype=torch.bfloat16, device=x.device)
     backend = _pick("mm", isinstance(x, FP8Tensor), x.device)
-    return _MM[backend](x, w, groups)
+    # Operands say what is computed, not autocast.
+    with torch.autocast(x.device.type, enabled=False):
+        return _MM[backend](x, w, groups)
 
 
 def grouped_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int, ...]) -> torch.Tensor:
@@ -118,7 +120,8 @@ def grouped_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int, ..
     if data.shape[0] == 0:
         return torch.zeros(shape, dtype=torch.bfloat16, device=data.device)
     backend = _pick("wgrad", isinstance(x, FP8ColumnwiseTensor), data.device)
-    return _WGRAD[backend](d_y, x, groups, shape)
+    with torch.autocast(data.device.type, enabled=False):
+        return _WGRAD[backend](d_y, x, groups, shape)
 
 
 def choose(fp8: bool, device_type: str, runs: Collection[Backend]) -> Backend:
