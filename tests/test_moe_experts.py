@@ -46,6 +46,12 @@ def setup(rank: int, keep: Keep, buffer: Buffer, *, static: bool = False, unused
     recv, handle = buffer.dispatch(
         x, idx + unused, weights, recv_dtype=keep, static=static, num_max_recv_tokens=1024 if static else None
     )
+    # Rows past the last group hold anything.
+    end = spans_of(handle)[-1]
+    assert end < handle.num_rows or not static
+    recv.x[end:].view(torch.uint8).fill_(0x7F)
+    if recv.sf is not None:
+        recv.sf[end:] = 255 if keep == "mxfp4" else float("nan")
     count = EXPERTS // buffer.num_ranks
     w1, w2, d_y = (
         (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
@@ -105,9 +111,14 @@ def wgrad(d_y: Any, x: Any, spans: list[int]) -> torch.Tensor:
 
 
 def by_hand(given: Setup, recompute: Recompute, weighted: bool) -> dict[str, torch.Tensor]:
-    """Compose the recipe from the oracles: MXFP4 rows in, MXFP4 kept."""
+    """Compose the recipe from the oracles: MXFP4 rows in, MXFP4 kept; or FP8 in both places."""
     rows, weights, spans = given.recv.tensor(), given.recv.weights if weighted else None, spans_of(given.handle)
-    assert isinstance(rows, MXFP4Tensor)
+    if isinstance(rows, MXFP4Tensor):
+        forward_rows: Any = reference.mxfp4_to_fp8(rows)[0]
+        columns: Any = reference_columnwise.mxfp4_to_fp8_columnwise(rows, spans)
+    else:
+        assert isinstance(rows, FP8Tensor)
+        forward_rows, columns = rows, reference_columnwise.fp8_transpose(rows, spans)
 
     def weights8(w: torch.Tensor) -> torch.Tensor:
         data, sf = quantize_weights(w)
@@ -117,25 +128,24 @@ def by_hand(given: Setup, recompute: Recompute, weighted: bool) -> dict[str, tor
         return reference.dequantize_fp8(x)
 
     w1, w2 = weights8(given.w1), weights8(given.w2)
-    gate_up = mm(decoded(reference.mxfp4_to_fp8(rows)[0]), w1, spans)
+    gate_up = mm(decoded(forward_rows), w1, spans)
     h, saved = reference_swiglu.swiglu_forward(gate_up, weights)
+    if isinstance(rows, MXFP4Tensor):
+        kept = reference.dequantize_mxfp4(saved, torch.bfloat16)
+    else:
+        kept = reference.dequantize_fp8(reference.quantize_fp8(gate_up), torch.bfloat16)
     y = mm(decoded(h), w2, spans)
 
     d_y = reference.quantize_fp8(given.d_y)
     d_h = mm(decoded(d_y), w2.transpose(1, 2), spans)
-    d_gate_up, d_weights = reference_swiglu.swiglu_backward(d_h, saved, weights)
+    d_gate_up, d_weights = reference_swiglu.gradients(d_h, kept, weights)
     if recompute == "swiglu":
-        kept = reference.dequantize_mxfp4(saved, torch.bfloat16)
         h = reference.quantize_fp8(reference_swiglu.product(kept, weights))
     rows_of_d = reference.quantize_fp8(d_gate_up)
     out = {
         "y": y,
         "x": mm(decoded(rows_of_d), w1.transpose(1, 2), spans),
-        "w1": wgrad(
-            reference_columnwise.fp8_transpose(rows_of_d, spans),
-            reference_columnwise.mxfp4_to_fp8_columnwise(rows, spans),
-            spans,
-        ),
+        "w1": wgrad(reference_columnwise.fp8_transpose(rows_of_d, spans), columns, spans),
         "w2": wgrad(
             reference_columnwise.fp8_transpose(d_y, spans), reference_columnwise.fp8_transpose(h, spans), spans
         ),
@@ -154,13 +164,13 @@ def _buffer(wire: WireFormat) -> Buffer:
     )
 
 
-def _against_hand(rank: int, num_ranks: int, wire: WireFormat, static: bool, unused: int) -> list[str]:
+def _against_hand(rank: int, num_ranks: int, keep: Keep, wire: WireFormat, static: bool, unused: int) -> list[str]:
     problems = []
     with _buffer(wire) as buffer:
-        given = setup(rank, "mxfp4", buffer, static=static, unused=unused)
+        given = setup(rank, keep, buffer, static=static, unused=unused)
         end = spans_of(given.handle)[-1]
         for recompute, weighted in itertools.product(RECOMPUTES, (False, True)):
-            got, want = run(given, "mxfp4", recompute, weighted), by_hand(given, recompute, weighted)
+            got, want = run(given, keep, recompute, weighted), by_hand(given, recompute, weighted)
             if set(got) != set(want):
                 problems.append(f"{recompute}, {weighted}: {set(got)} instead of {set(want)}")
             for name in want:
@@ -177,11 +187,22 @@ def _against_hand(rank: int, num_ranks: int, wire: WireFormat, static: bool, unu
     return problems
 
 
-@pytest.mark.parametrize("wire", [WireFormat("mxfp4"), WireFormat("mxfp4", hadamard=True)], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    ("keep", "wire"),
+    [
+        ("mxfp4", WireFormat("mxfp4")),
+        ("mxfp4", WireFormat("mxfp4", hadamard=True)),
+        ("mxfp4", WireFormat("bf16")),
+        ("fp8", WireFormat("fp8")),
+    ],
+    ids=["mxfp4", "rotated", "quantized-on-arrival", "fp8"],
+)
 @pytest.mark.parametrize(("static", "unused"), [(False, 0), (True, 0), (False, 5)], ids=["plain", "static", "empty"])
-def test_the_recipe_is_the_oracles_composed(pools: Pools, wire: WireFormat, static: bool, unused: int) -> None:
+def test_the_recipe_is_the_oracles_composed(
+    pools: Pools, keep: Keep, wire: WireFormat, static: bool, unused: int
+) -> None:
     # With 5 experts unused, rank 0 of two has no rows at all.
-    for problems in pools.get(2).run(_against_hand, wire, static, unused):
+    for problems in pools.get(2).run(_against_hand, keep, wire, static, unused):
         assert not problems
 
 

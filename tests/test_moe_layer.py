@@ -11,6 +11,7 @@ import torch.distributed as dist
 from bit_patterns import equal_bits
 from moe_truth import dense_layer
 from ranks import Pools, RankPool, Target, device_of, targets
+from torch.utils.checkpoint import checkpoint
 
 from qcomm import Buffer, WirePrecision
 from qcomm.moe import MoEConfig, MoELayer, MXFP4MoELayer
@@ -234,6 +235,56 @@ def test_training_lowers_the_loss_alike(pool2: RankPool) -> None:
     for losses in (bf16, recipe):
         assert losses[-1] < 0.3 * losses[0], losses
     assert recipe[-1] < 1.5 * bf16[-1], (bf16[-1], recipe[-1])
+
+
+def static_and_not(rank: int, num_ranks: int, device: str, backend: str, keep: Keep, weights: WeightsIn) -> None:
+    results = []
+    for static in (False, True):
+        layer = make(
+            CONFIG,
+            rank,
+            num_ranks,
+            device,
+            backend,
+            precision=WIRES[keep],
+            keep=keep,
+            weights_in=weights,
+            static=static,
+            num_max_recv_tokens=1024 if static else None,
+        )
+        results.append(step(layer, *tokens(COUNTS["uneven"], rank)))
+        layer.destroy()
+    for name, want in results[0].items():
+        if device == "cpu":
+            assert equal_bits(results[1][name], want), name
+        else:
+            # A product may add in another order.
+            assert relative_error(results[1][name], want) < 2**-6, name
+
+
+@targets(2)
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("weights", WEIGHTS_IN)
+def test_static_gives_the_same(target: Target, keep: Keep, weights: WeightsIn) -> None:
+    target.run(static_and_not, keep, weights)
+
+
+def checkpointed(rank: int, num_ranks: int, keep: Keep) -> None:
+    results = []
+    for recomputes in (False, True):
+        layer = make(CONFIG, rank, num_ranks, precision=WIRES[keep], keep=keep)
+        x, upstream = tokens(COUNTS["uneven"], rank)
+        x.requires_grad_()
+        out = checkpoint(layer, x, use_reentrant=False) if recomputes else layer(x)
+        out.backward(upstream)
+        results.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        layer.destroy()
+    assert all(equal_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_checkpointing_gives_the_same(pool2: RankPool, keep: Keep) -> None:
+    pool2.run(checkpointed, keep)
 
 
 def under_autocast(rank: int, num_ranks: int, keep: Keep) -> None:

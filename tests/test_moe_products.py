@@ -43,6 +43,11 @@ def test_rows_are_the_oracles() -> None:
     assert equal_bits(got.sf, want.sf)
 
 
+def test_rows_that_were_fp8_are_not_rounded_again() -> None:
+    once = reference.dequantize_fp8(quantize_rows(specials()), torch.bfloat16)
+    assert equal_bits(reference.dequantize_fp8(quantize_rows(once), torch.bfloat16), once)
+
+
 def test_weights_are_the_oracles() -> None:
     w = torch.stack((specials(), values(256, WIDTH, seed=2), torch.zeros(256, WIDTH, dtype=torch.bfloat16)))
     got, (data, sf) = quantize_weights(w), oracle_of_weights(w)

@@ -37,6 +37,9 @@ class MXFP4MoELayer(nn.Module):
         precision: wire of each leg; default `WirePrecision.paper()`, may be left out with a buffer.
         keep: see `swiglu_experts`, as for the next. Also what tokens arrive as.
         recompute: what backward computes anew.
+        static: whether dispatch does not wait for the counts of tokens; rows are then those of the worst case.
+        num_max_recv_tokens: rows that a rank can receive in static mode, a multiple of 128; where they do not suffice
+            tokens are dropped, and a later call raises.
         weights_in: whether the "experts" or "combine" apply the routing weights; combine keeps the experts' output.
         buffer: exchange through this one, which the caller destroys; layers of one shape can share it. Without it the
             layer makes its own, which `destroy` frees.
@@ -65,6 +68,8 @@ class MXFP4MoELayer(nn.Module):
         keep: Keep = "mxfp4",
         recompute: Recompute = "none",
         weights_in: WeightsIn = "experts",
+        static: bool = False,
+        num_max_recv_tokens: int | None = None,
         buffer: Buffer | None = None,
         backend: str = "auto",
         seed: int = 0,
@@ -104,6 +109,7 @@ class MXFP4MoELayer(nn.Module):
                 raise ValueError(f"buffer must be of {name}={size}, the layer's, got {name}={held}")
         self.config, self.keep, self.recompute, self.weights_in = config, keep, recompute, weights_in
         self.buffer = buffer
+        self._static, self._num_max_recv_tokens = static, num_max_recv_tokens
         device = buffer.device
         count = config.num_experts // buffer.num_ranks
         self.router = Router(config, seed=seed, device=device)
@@ -132,7 +138,15 @@ class MXFP4MoELayer(nn.Module):
             self.tokens_per_expert += torch.bincount(topk_idx.flatten(), minlength=self.config.num_experts)
         in_experts = self.weights_in == "experts"
         recv, handle = dispatch(
-            tokens, topk_idx, topk_weights, self.buffer, recv_dtype=self.keep, alignment=FP8_GROUP_SIZE, seed=seed
+            tokens,
+            topk_idx,
+            topk_weights,
+            self.buffer,
+            recv_dtype=self.keep,
+            alignment=FP8_GROUP_SIZE,
+            static=self._static,
+            num_max_recv_tokens=self._num_max_recv_tokens,
+            seed=seed,
         )
         y = swiglu_experts(
             recv, handle, self.w1, self.w2, keep=self.keep, recompute=self.recompute, weighted=in_experts
