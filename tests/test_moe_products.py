@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Collection
 
+import fake_products
 import pytest
 import torch
 from bit_patterns import equal_bits
@@ -147,6 +148,7 @@ def test_operands_of_two_kinds_are_refused() -> None:
         (False, "cpu", (), "reference"),
         (True, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8"), "torch_fp8"),
         (True, "cuda", ("torch_bf16", "deep_gemm"), "deep_gemm"),
+        (True, "cuda", ("torch_bf16", "torch_fp8_loop"), "torch_fp8_loop"),
         (True, "cuda", ("torch_bf16",), "torch_bf16"),
         (True, "cuda", (), "loop"),
         (False, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8"), "torch_bf16"),
@@ -164,6 +166,23 @@ def test_a_backend_that_raises_or_is_wrong_is_absent(monkeypatch: pytest.MonkeyP
     assert "NotImplementedError" in absent["torch_fp8"]
     assert absent["deep_gemm"] == "a relative error of 0.1 in a product that was tried"
     assert not set(absent) & set(BF16_BACKENDS)
+
+
+@pytest.mark.parametrize("product", ["mm", "wgrad"])
+def test_fp8_backends_are_given_what_they_take(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_products.install(monkeypatch)
+    absent = products.probe.__wrapped__(product, torch.device("cpu"))
+    assert set(absent) <= ({"torch_fp8"} if product == "wgrad" else set()), absent
+
+
+def test_rows_past_the_last_group_are_of_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_products.install(monkeypatch)
+    _, x, _, w = operands()
+    groups = Groups(torch.tensor((0, 256, 256, 384, 512), dtype=torch.int32))
+    rows, weights = quantize_rows(x), quantize_weights(w)
+    want = products._MM["reference"](rows, weights, groups)[:512]
+    for backend in FP8_BACKENDS:
+        assert torch.equal(products._MM[backend](rows, weights, groups)[:512], want)
 
 
 def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

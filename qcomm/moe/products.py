@@ -27,12 +27,13 @@ from qcomm.ops.fp8_transpose import fp8_transpose
 from qcomm.tensors import FP8ColumnwiseTensor, FP8Tensor
 
 Product = Literal["mm", "wgrad"]
-Backend = Literal["torch_fp8", "deep_gemm", "torch_bf16", "loop", "reference"]
+Backend = Literal["torch_fp8", "deep_gemm", "torch_fp8_loop", "torch_bf16", "loop", "reference"]
 
-FP8_BACKENDS: tuple[Backend, ...] = ("torch_fp8", "deep_gemm")
-"""Torch's scaled grouped product and DeepGEMM, in the order of preference."""
+FP8_BACKENDS: tuple[Backend, ...] = ("torch_fp8", "deep_gemm", "torch_fp8_loop")
+"""Torch's scaled grouped product, DeepGEMM, and torch's scaled product expert by expert, in the order of preference."""
 BF16_BACKENDS: tuple[Backend, ...] = ("torch_bf16", "loop")
 
+_SCALES_MULTIPLE = 4
 _PROBE_ERROR = 2.0**-6
 """Largest relative error of a probe's result: of bfloat16's rounding and FP8 accumulation, not of a wrong scale."""
 
@@ -133,8 +134,8 @@ def choose(fp8: bool, device_type: str, runs: Collection[Backend]) -> Backend:
         runs: what has been found to run there.
 
     Returns:
-        On the CPU the reference. On CUDA the first that runs of torch's scaled grouped product, DeepGEMM, torch's BF16
-        grouped product and a loop over the experts, the first two for FP8 operands only.
+        On the CPU the reference. On CUDA the first that runs of FP8_BACKENDS, for FP8 operands only, torch's BF16
+        grouped product and a loop over the experts.
     """
     if device_type != "cuda":
         return "reference"
@@ -286,6 +287,46 @@ def _torch_fp8_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int,
     raise NotImplementedError("torch has no scaled grouped product of transposed blocks with 128x1 scales")
 
 
+def _torch_fp8_loop_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
+    assert isinstance(x, FP8Tensor)
+    assert isinstance(w, FP8BlockTensor)
+    functional: Any = F
+    by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    # It takes scales of rows by columns, and a multiple of 4 scales of weights along K.
+    sf = F.pad(w.sf, (0, -w.sf.shape[2] % _SCALES_MULTIPLE))
+    out = torch.empty(x.shape[0], w.shape[1], dtype=torch.bfloat16, device=x.device)
+    for expert, (a, b) in enumerate(groups.spans()):
+        if a < b:
+            rows_sf = x.sf[a:b].t().contiguous().t()
+            out[a:b] = functional.scaled_mm(
+                x.data[a:b], w.data[expert].t(), rows_sf, by_row, sf[expert].t(), by_block, output_dtype=torch.bfloat16
+            )
+    return out
+
+
+def _torch_fp8_loop_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int, ...]) -> torch.Tensor:
+    assert isinstance(d_y, FP8ColumnwiseTensor)
+    assert isinstance(x, FP8ColumnwiseTensor)
+    functional: Any = F
+    by_row = F.ScalingType.BlockWise1x128
+    _, height, width = shape
+    out = torch.zeros(shape, dtype=torch.bfloat16, device=x.device)
+    for expert, (a, b) in enumerate(groups.spans()):
+        if a < b:
+            tiles = slice(a // FP8_GROUP_SIZE, b // FP8_GROUP_SIZE)
+            left, right = d_y.data[a * height : b * height], x.data[a * width : b * width]
+            out[expert] = functional.scaled_mm(
+                left.view(height, b - a),
+                right.view(width, b - a).t(),
+                d_y.sf[tiles].t(),
+                by_row,
+                x.sf[tiles],
+                by_row,
+                output_dtype=torch.bfloat16,
+            )
+    return out
+
+
 def _deep_gemm_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
     assert isinstance(x, FP8Tensor)
     assert isinstance(w, FP8BlockTensor)
@@ -319,6 +360,7 @@ def _deep_gemm() -> Any:
 _MM: dict[Backend, Callable[[Any, Any, Groups], torch.Tensor]] = {
     "torch_fp8": _torch_fp8_mm,
     "deep_gemm": _deep_gemm_mm,
+    "torch_fp8_loop": _torch_fp8_loop_mm,
     "torch_bf16": _torch_bf16_mm,
     "loop": _loop_mm,
     "reference": functools.partial(_loop_mm, dtype=torch.float32),
@@ -326,6 +368,7 @@ _MM: dict[Backend, Callable[[Any, Any, Groups], torch.Tensor]] = {
 _WGRAD: dict[Backend, Callable[[Any, Any, Groups, tuple[int, ...]], torch.Tensor]] = {
     "torch_fp8": _torch_fp8_wgrad,
     "deep_gemm": _deep_gemm_wgrad,
+    "torch_fp8_loop": _torch_fp8_loop_wgrad,
     "torch_bf16": _torch_bf16_wgrad,
     "loop": _loop_wgrad,
     "reference": functools.partial(_loop_wgrad, dtype=torch.float32),
