@@ -70,7 +70,7 @@ def scaled_grouped_mm(
 def m_grouped_fp8_gemm_nt_contiguous(a: Any, b: Any, out: torch.Tensor, m_indices: torch.Tensor) -> None:
     """Multiply every row with the weights of its group, -1 for none."""
     assert m_indices.dtype == torch.int32
-    rows = _decode(*a, 1)
+    rows = _decode(a[0], a[1], 1)
     for group in range(b[0].shape[0]):
         chosen = m_indices == group
         out[chosen] = (rows[chosen] @ _decode(b[0][group], b[1][group], 128).t()).to(out.dtype)

@@ -245,6 +245,37 @@ def test_bytes_kept(pools: Pools) -> None:
         assert kept["mxfp4", "none"][0] <= 280
 
 
+def _frozen(rank: int, num_ranks: int, keep: Keep) -> None:
+    with _buffer(WireFormat("mxfp4")) as buffer:
+        given = setup(rank, keep, buffer)
+        want = run(given, keep, "none", weighted=False)
+        for frozen in ("w1", "w2"):
+            leaves = {"w1": given.w1.clone(), "w2": given.w2.clone()}
+            (other,) = (name for name in leaves if name != frozen)
+            leaves[other].requires_grad_()
+            widths: list[int] = []
+
+            def pack(x: torch.Tensor, widths: list[int] = widths, rows: int = given.handle.num_rows) -> torch.Tensor:
+                if x.dim() == 2 and x.shape[0] == rows:
+                    widths.append(x.shape[1])
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                y = swiglu_experts(given.recv, given.handle, leaves["w1"], leaves["w2"], keep=keep)
+            y.backward(given.d_y)
+            grad = leaves[other].grad
+            assert grad is not None
+            assert equal_bits(grad, want[other])
+            # Rows, or SwiGLU's output, are not there.
+            parts = 1 if keep == "bf16" else 2
+            assert len(widths) == 2 * parts
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_frozen_weights_keep_nothing(pools: Pools, keep: Keep) -> None:
+    pools.get(2).run(_frozen, keep)
+
+
 def _refused(rank: int, num_ranks: int) -> None:
     with _buffer(WireFormat("mxfp4")) as buffer:
         recv, handle, w1, w2, _ = setup(rank, "mxfp4", buffer)

@@ -120,8 +120,11 @@ class _SwigluExperts(torch.autograd.Function):
             kept_gate_up = saved if call.keep == "mxfp4" else quantize_rows(gate_up)
         ctx.groups, ctx.keep = groups, call.keep
         ctx.hadamard = isinstance(call.rows, MXFP4Tensor) and call.rows.hadamard
-        kept_h = (None, None) if call.recompute == "swiglu" else _parts(h)
-        ctx.save_for_backward(weights, w1, w2, *_parts(call.rows), *_parts(kept_gate_up), *kept_h)
+        # Of frozen weights no operand is kept.
+        _, _, needs_w1, needs_w2, _ = ctx.needs_input_grad
+        kept_rows = _parts(call.rows) if needs_w1 else (None, None)
+        kept_h = _parts(h) if needs_w2 and call.recompute == "none" else (None, None)
+        ctx.save_for_backward(weights, w1, w2, *kept_rows, *_parts(kept_gate_up), *kept_h)
         return y
 
     @staticmethod
@@ -131,7 +134,7 @@ class _SwigluExperts(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
         groups, keep = ctx.groups, ctx.keep
         weights, w1, w2, x_data, x_sf, gate_up_data, gate_up_sf, h_data, h_sf = ctx.saved_tensors
-        rows, gate_up = _whole(x_data, x_sf, ctx.hadamard), _whole(gate_up_data, gate_up_sf)
+        gate_up = _whole(gate_up_data, gate_up_sf)
         h = None if h_data is None else _whole(h_data, h_sf)
         needs_x, needs_weights, needs_w1, needs_w2, _ = ctx.needs_input_grad
         d_y = d_y.contiguous()
@@ -155,7 +158,7 @@ class _SwigluExperts(torch.autograd.Function):
             if needs_x:
                 d_x = grouped_mm(d_rows, _transposed(keep, w1), groups)
             if needs_w1:
-                d_w1 = _wgrad(groups, d_rows, rows, w1)
+                d_w1 = _wgrad(groups, d_rows, _whole(x_data, x_sf, ctx.hadamard), w1)
         return d_x, d_weights, d_w1, d_w2, None
 
 
