@@ -119,6 +119,20 @@ def test_router_is_plain_torch(scores: Literal["sigmoid", "softmax"], normalise:
     torch.testing.assert_close(grads, want_grads)
 
 
+def test_router_in_bfloat16_computes_in_float32() -> None:
+    router, x = Router(CONFIG), tokens(NUM_TOKENS)
+    with torch.no_grad():
+        router.weight.copy_(router.weight.bfloat16())
+    want_idx, want = router(x)
+    narrow = Router(CONFIG).bfloat16()
+    narrow.bias = narrow.bias.float()
+    idx, weights = narrow(x)
+    assert torch.equal(idx, want_idx)
+    assert torch.equal(weights, want)
+    (grad,) = torch.autograd.grad(weights.square().sum(), narrow.weight)
+    assert grad.dtype == torch.bfloat16
+
+
 def test_router_keeps_no_float32_copy_of_the_tokens() -> None:
     router, x = Router(CONFIG), tokens(NUM_TOKENS).requires_grad_()
     kept: list[torch.Tensor] = []

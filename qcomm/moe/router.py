@@ -89,12 +89,13 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            return x.to(torch.float32) @ weight.t()
+            return x.to(torch.float32) @ weight.to(torch.float32).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            d_x = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-            return d_x, grad.t() @ x.to(torch.float32) if ctx.needs_input_grad[1] else None
+            d_x = (grad @ weight.to(torch.float32)).to(x.dtype) if ctx.needs_input_grad[0] else None
+            d_weight = (grad.t() @ x.to(torch.float32)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight
