@@ -138,6 +138,11 @@ class Buffer:
         return self._choice.reason
 
     @property
+    def group(self) -> dist.ProcessGroup:
+        """The group it exchanges in."""
+        return self._member.group
+
+    @property
     def rank(self) -> int:
         """This rank in the group."""
         return self._member.rank
@@ -151,6 +156,16 @@ class Buffer:
     def num_local_experts(self) -> int:
         """Experts on this rank."""
         return self._config.num_experts // self._member.num_ranks
+
+    @property
+    def num_topk(self) -> int:
+        """Width of `topk_idx`."""
+        return self._config.num_topk
+
+    @property
+    def hidden(self) -> int:
+        """Elements in a token."""
+        return self._config.hidden
 
     @property
     def device(self) -> torch.device:

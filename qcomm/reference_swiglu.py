@@ -45,10 +45,7 @@ def swiglu_forward(
 def swiglu_backward(
     grad_h: torch.Tensor, saved: MXFP4Tensor, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of x and of the weights, at the x that was saved.
-
-    With s = 1 / (1 + exp(-gate)) and silu = gate * s they are grad_h * up * (s + silu * (1 - s)) for gate and
-    grad_h * silu for up, both times the weight, and the sum of grad_h * silu * up over a row for the weight.
+    """Return the gradients of x and of the weights, at the x that was saved; see `gradients`.
 
     Args:
         grad_h: `[rows, F]` bfloat16.
@@ -58,7 +55,26 @@ def swiglu_backward(
     Returns:
         `[rows, 2 * F]` bfloat16, rounded once, and `[rows]` float32, None without weights.
     """
-    gate, up = reference.dequantize_mxfp4(saved).chunk(2, dim=-1)
+    return gradients(grad_h, reference.dequantize_mxfp4(saved), weights)
+
+
+def gradients(
+    grad_h: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of x and of the weights.
+
+    With s = 1 / (1 + exp(-gate)) and silu = gate * s they are grad_h * up * (s + silu * (1 - s)) for gate and
+    grad_h * silu for up, both times the weight, and the sum of grad_h * silu * up over a row for the weight.
+
+    Args:
+        grad_h: `[rows, F]` bfloat16.
+        x: `[rows, 2 * F]` bfloat16 or float32, gate then up.
+        weights: `[rows]` float32.
+
+    Returns:
+        `[rows, 2 * F]` bfloat16, rounded once, and `[rows]` float32, None without weights.
+    """
+    gate, up = x.to(torch.float32).chunk(2, dim=-1)
     grad = grad_h.to(torch.float32)
     divisor = 1 + torch.exp(-gate)
     sigmoid = torch.where(divisor > MAX_DIVISOR, 0.0, 1 / divisor)

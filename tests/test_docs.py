@@ -14,6 +14,9 @@ from commands import REPO, mpirun, start
 README = REPO / "README.md"
 PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
 READMES = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL).findall(README.read_text())
+TRAINING = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL).findall(
+    (REPO / "docs" / "training.md").read_text()
+)
 TABLE_TOOL = REPO / "tools" / "readme_table.py"
 RESULTS = REPO / "benchmarks" / "results"
 
@@ -46,6 +49,17 @@ def test_readme_code(block: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(block)
     assert float(run([sys.executable, str(script)]).split()[-1]) < 0.2
+
+
+def test_training_code(tmp_path: Path) -> None:
+    (block,) = TRAINING
+    script = tmp_path / "example.py"
+    script.write_text(block)
+    # The loss of an output of zeros is 1.
+    lines = run([*mpirun(2), sys.executable, str(script)]).splitlines()
+    losses = [float(line.split()[-1]) for line in lines if "loss" in line]
+    assert len(losses) == 2
+    assert max(losses) < 1.5
 
 
 def check_example(lines: list[str], kib_sent: bool) -> None:

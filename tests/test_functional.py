@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -280,6 +281,28 @@ def _carried(rank: int, num_ranks: int, device: str, backend: str) -> None:
 @targets(2)
 def test_fp8_rows_have_a_carrier_of_gradients(target: Target) -> None:
     target.run(_carried)
+
+
+def _rows_are_freed(rank: int, num_ranks: int, device: str, backend: str) -> None:
+    case = dataclasses.replace(BASE, recv_dtype="mxfp4", wire=MXFP4)
+    inputs = cases.make_inputs(case, num_ranks)
+    with _buffer(case, (MXFP4, BF16, BF16, BF16), num_ranks, device, backend) as buffer:
+        idx = inputs.topk_idxs[rank].to(buffer.device)
+        leaf = _leaf(inputs.xs[rank], buffer.device)
+        x = leaf * 1
+        recv, handle = qcomm.dispatch(x, idx, None, buffer, recv_dtype="mxfp4")
+        assert recv.grad_carrier is not None
+        held = weakref.ref(x), weakref.ref(recv.x)
+        y = recv.grad_carrier * 2
+        del recv, x
+        assert [ref() for ref in held] == [None, None]
+        qcomm.combine(y, handle).backward(_upstream(inputs)[rank].to(buffer.device))
+        assert leaf.grad is not None
+
+
+@targets(2)
+def test_dispatch_keeps_neither_tokens_nor_rows(target: Target) -> None:
+    target.run(_rows_are_freed)
 
 
 def _weights_in_experts(rank: int, num_ranks: int, device: str, backend: str, layout: RecvLayout) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Pools
 
 from qcomm import Buffer, WirePrecision, reference
@@ -93,6 +95,71 @@ def test_bias_selects_but_does_not_weigh() -> None:
     assert (idx == 7).any(1).all()
     chosen = torch.sigmoid(x.float() @ router.weight.t()).gather(1, idx)
     torch.testing.assert_close(weights, chosen / chosen.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_router_is_plain_torch(scores: Literal["sigmoid", "softmax"], normalise: bool) -> None:
+    config = dataclasses.replace(GROUPED, num_groups=1, num_topk_groups=1, scores=scores, normalise=normalise)
+    router, x = Router(config), tokens(NUM_TOKENS).requires_grad_()
+    router.bias += 0.1 * torch.randn(config.num_experts, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(NUM_TOKENS, config.num_topk, generator=torch.Generator().manual_seed(2))
+
+    logits = torch.nn.functional.linear(x.float(), router.weight)
+    values = logits.sigmoid() if scores == "sigmoid" else logits.softmax(-1)
+    want_idx = (values + router.bias).topk(config.num_topk).indices
+    want = values.gather(1, want_idx)
+    want = 2.5 * (want / want.sum(1, keepdim=True) if normalise else want)
+    want_grads = torch.autograd.grad(want, (x, router.weight), upstream)
+
+    idx, weights = router(x)
+    assert torch.equal(idx, want_idx)
+    torch.testing.assert_close(weights, want)
+    grads = torch.autograd.grad(weights, (x, router.weight), upstream)
+    torch.testing.assert_close(grads, want_grads)
+
+
+def test_router_in_bfloat16_computes_in_float32() -> None:
+    router, x = Router(CONFIG), tokens(NUM_TOKENS)
+    with torch.no_grad():
+        router.weight.copy_(router.weight.bfloat16())
+    want_idx, want = router(x)
+    narrow = Router(CONFIG).bfloat16()
+    narrow.bias = narrow.bias.float()
+    idx, weights = narrow(x)
+    assert torch.equal(idx, want_idx)
+    assert torch.equal(weights, want)
+    (grad,) = torch.autograd.grad(weights.square().sum(), narrow.weight)
+    assert grad.dtype == torch.bfloat16
+
+
+def test_router_keeps_no_float32_copy_of_the_tokens() -> None:
+    router, x = Router(CONFIG), tokens(NUM_TOKENS).requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        router(x)
+    wide = [saved for saved in kept if saved.shape == x.shape]
+    assert [saved.dtype for saved in wide] == [torch.bfloat16]
+
+
+def update_in_group(rank: int, num_ranks: int) -> torch.Tensor:
+    router = Router(CONFIG)
+    load = torch.full((CONFIG.num_experts,), 10)
+    load[rank] += 4
+    router.update_bias(load, rate=0.5, group=dist.group.WORLD)
+    assert load[rank] == 14
+    return router.bias
+
+
+def test_update_bias_sums_over_the_group(pools: Pools) -> None:
+    for bias in pools.get(2).run(update_in_group):
+        assert bias[:2].tolist() == [-0.5, -0.5]
+        assert (bias[2:] == 0.5).all()
 
 
 def test_update_bias_moves_against_the_load() -> None:
@@ -206,10 +273,11 @@ def test_static_receive_gives_the_same_output(pools: Pools) -> None:
         ({"num_groups": 2, "num_topk_groups": 3}, "num_topk_groups must be at most num_groups = 2, got 3"),
         ({"num_groups": 8}, "num_topk must be at most the 2 experts in num_topk_groups groups, got 4"),
         ({"shared_intermediate": -1}, "shared_intermediate must not be negative, got -1"),
+        ({"scores": "relu"}, r"scores must be one of \('sigmoid', 'softmax'\), got 'relu'"),
     ],
 )
-def test_config_errors(changes: dict[str, int], message: str) -> None:
-    shape = {"hidden": 256, "intermediate": 128, "num_experts": 16, "num_topk": 4}
+def test_config_errors(changes: dict[str, Any], message: str) -> None:
+    shape: dict[str, Any] = {"hidden": 256, "intermediate": 128, "num_experts": 16, "num_topk": 4}
     with pytest.raises(ValueError, match=message):
         MoEConfig(**(shape | changes))
 

@@ -1,125 +1,17 @@
-"""A Mixture-of-Experts layer around dispatch and combine, in plain PyTorch: router, experts, layer."""
+"""An MoE layer in plain PyTorch, expert by expert: for demo, examples and tests, and for inference."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qcomm import reference, validate
+from qcomm import reference
 from qcomm.buffer import Buffer
-from qcomm.formats import FP8_GROUP_SIZE
 from qcomm.handle import Received
+from qcomm.moe.config import MoEConfig, expert_weights, generator_of, normal
+from qcomm.moe.router import Router
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
-
-_GROUP_SCORE_EXPERTS = 2
-_MIN_WEIGHT_SUM = 1e-20
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """The shape of an MoE layer.
-
-    Args:
-        hidden: elements in a token, a multiple of 128.
-        intermediate: width inside an expert.
-        num_experts: routed experts in all.
-        num_topk: routed experts of a token.
-        num_groups: groups the experts are divided into, in order; 1 for no group limit.
-        num_topk_groups: groups a token's experts may come from.
-        routed_scaling_factor: sum of a token's routing weights.
-        shared_intermediate: width of the expert that every token goes through; 0 for none.
-
-    Raises:
-        ValueError, TypeError: a shape no layer can have.
-    """
-
-    hidden: int
-    intermediate: int
-    num_experts: int
-    num_topk: int
-    num_groups: int = 1
-    num_topk_groups: int = 1
-    routed_scaling_factor: float = 1.0
-    shared_intermediate: int = 0
-
-    def __post_init__(self) -> None:
-        validate.multiple("hidden", self.hidden, FP8_GROUP_SIZE)
-        for name in ("intermediate", "num_experts", "num_topk", "num_groups", "num_topk_groups"):
-            validate.positive(name, getattr(self, name))
-        if self.num_experts % self.num_groups:
-            raise ValueError(f"num_experts must be a multiple of the {self.num_groups} groups, got {self.num_experts}")
-        if self.num_topk_groups > self.num_groups:
-            raise ValueError(
-                f"num_topk_groups must be at most num_groups = {self.num_groups}, got {self.num_topk_groups}"
-            )
-        reachable = self.num_experts // self.num_groups * self.num_topk_groups
-        if self.num_topk > reachable:
-            raise ValueError(
-                f"num_topk must be at most the {reachable} experts in num_topk_groups groups, got {self.num_topk}"
-            )
-        if self.shared_intermediate < 0:
-            raise ValueError(f"shared_intermediate must not be negative, got {self.shared_intermediate}")
-
-
-class Router(nn.Module):
-    """Top-k router of DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, balanced without an auxiliary loss.
-
-    A bias per expert is added to the scores to select experts, and only then: the weights of the selected
-    experts are their plain scores, normalised over the top-k and multiplied by `routed_scaling_factor`.
-
-    Args:
-        config: shape of the layer.
-        seed: of the initial weight; every rank needs the same.
-        device: where it lives.
-    """
-
-    bias: torch.Tensor
-
-    def __init__(self, config: MoEConfig, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self._config = config
-        generator = _generator(seed, 0, device)
-        self.weight = nn.Parameter(_normal((config.num_experts, config.hidden), config.hidden, generator))
-        self.register_buffer("bias", torch.zeros(config.num_experts, device=device))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts and weights in float32.
-
-        Args:
-            x: `[num_tokens, hidden]` of any floating dtype.
-
-        Returns:
-            `[num_tokens, num_topk]` int64 experts, distinct in a row, and float32 weights.
-        """
-        scores = torch.sigmoid(F.linear(x.to(torch.float32), self.weight))
-        topk_idx = self._select(scores.detach() + self.bias)
-        weights = scores.gather(1, topk_idx)
-        weights = weights / (weights.sum(1, keepdim=True) + _MIN_WEIGHT_SUM) * self._config.routed_scaling_factor
-        return topk_idx, weights
-
-    @torch.no_grad()
-    def update_bias(self, tokens_per_expert: torch.Tensor, rate: float = 1e-3) -> None:
-        """Move each expert's bias one step against its load.
-
-        Args:
-            tokens_per_expert: `[num_experts]` tokens of the last step, summed over all ranks.
-            rate: length of the step.
-        """
-        load = tokens_per_expert.to(self.bias)
-        self.bias += rate * torch.sign(load.mean() - load)
-
-    def _select(self, biased: torch.Tensor) -> torch.Tensor:
-        config = self._config
-        if config.num_topk_groups < config.num_groups:
-            by_group = biased.unflatten(1, (config.num_groups, -1))
-            best = by_group.topk(min(_GROUP_SCORE_EXPERTS, by_group.shape[2]), dim=2).values.sum(2)
-            allowed = torch.zeros_like(best, dtype=torch.bool)
-            allowed.scatter_(1, best.topk(config.num_topk_groups, dim=1).indices, True)
-            biased = by_group.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
-        return biased.topk(config.num_topk, dim=1).indices
 
 
 class Experts(nn.Module):
@@ -147,13 +39,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self._hidden = config.hidden
-        gate_up, down = [], []
-        for expert in range(first, first + count):
-            generator = _generator(seed, 2 + expert, device)
-            gate_up.append(_normal((2 * config.intermediate, config.hidden), config.hidden, generator, torch.bfloat16))
-            down.append(_normal((config.hidden, config.intermediate), config.intermediate, generator, torch.bfloat16))
-        self.gate_up = nn.Parameter(torch.stack(gate_up))
-        self.down = nn.Parameter(torch.stack(down))
+        gate_up, down = expert_weights(config, first, count, seed=seed, device=device)
+        self.gate_up, self.down = nn.Parameter(gate_up), nn.Parameter(down)
 
     def __len__(self) -> int:
         return self.gate_up.shape[0]
@@ -189,9 +76,9 @@ class SharedExpert(nn.Module):
 
     def __init__(self, config: MoEConfig, *, seed: int = 0, device: torch.device | str | None = None) -> None:
         super().__init__()
-        width, generator = config.shared_intermediate, _generator(seed, 1, device)
-        self.gate_up = nn.Parameter(_normal((2 * width, config.hidden), config.hidden, generator, torch.bfloat16))
-        self.down = nn.Parameter(_normal((config.hidden, width), width, generator, torch.bfloat16))
+        width, generator = config.shared_intermediate, generator_of(seed, 1, device)
+        self.gate_up = nn.Parameter(normal((2 * width, config.hidden), config.hidden, generator, torch.bfloat16))
+        self.down = nn.Parameter(normal((config.hidden, width), width, generator, torch.bfloat16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[num_tokens, hidden]` bfloat16 for `x` of the same shape and dtype."""
@@ -293,15 +180,3 @@ def swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.
     """
     gate, up = F.linear(x, gate_up).chunk(2, dim=1)
     return F.linear(F.silu(gate) * up, down)
-
-
-def _generator(seed: int, part: int, device: torch.device | str | None) -> torch.Generator:
-    """Make the random numbers of one part of the layer with this seed; a CPU generator takes 32 bits."""
-    return torch.Generator(device or "cpu").manual_seed((seed << 16) + part)
-
-
-def _normal(
-    shape: tuple[int, ...], fan_in: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator, device=generator.device)
-    return (values * fan_in**-0.5).to(dtype)
