@@ -61,9 +61,9 @@ class Settings:
 
     Args:
         precision: wire format of each leg; None is WirePrecision(), MXFP4 to the experts and BF16 elsewhere.
-        num_max_tokens_per_rank: most tokens a rank passes to a layer. None agrees on it with the other ranks, by one
-            all-reduce that the host waits for in each forward pass of a model; no rank has to ask where all hold the
-            same batch.
+        num_max_tokens_per_rank: most tokens a rank passes to a layer. None asks the other ranks, by an all-reduce that
+            the host waits for: once in a forward pass of a model and once for each layer that backward recomputes, but
+            not where all ranks hold the same batch.
         static: whether receives do not synchronise with the host. None does so on the nvlink backend, where the
             experts do not synchronise either (any `experts_implementation` but "eager") and the worst case has at most
             STATIC_ROWS rows.
@@ -163,9 +163,9 @@ class QcommEP(EPImplementation):
         if self.tp_mesh.size() == 1:
             return self._exchange(hidden_states, top_k_index, top_k_weights, None)
         group, num_tokens = self.tp_mesh.get_group(), len(hidden_states)
-        mine: list[torch.Tensor] = [_Slice.apply(x, group) for x in (hidden_states, top_k_index, top_k_weights)]
+        x, idx, weights = (_Slice.apply(each, group) for each in (hidden_states, top_k_index, top_k_weights))
         most = _slice_rows(num_tokens, group) if self.shares_batch else None
-        out: torch.Tensor = _Gather.apply(self._exchange(*mine, most), num_tokens, group)
+        out: torch.Tensor = _Gather.apply(self._exchange(x, idx, weights, most), num_tokens, group)
         return out
 
     def _exchange(
@@ -191,7 +191,9 @@ class QcommEP(EPImplementation):
             seed=seed,
         )
         y = self._run_experts(received, hidden, static)
-        return combine(F.pad(y, (0, padded - hidden)), handle, seed=seed)[:, :hidden]
+        out = combine(F.pad(y, (0, padded - hidden)), handle, seed=seed)
+        # Never a view, on which FSDP cannot hook what is done in place.
+        return out if padded == hidden else out[:, :hidden].contiguous()
 
     def _static(self, buffer: Buffer, capacity: int, num_topk: int) -> tuple[bool, int | None]:
         """Tell whether to receive without the host, and into how many rows if not the worst case."""
@@ -258,12 +260,12 @@ class _Exchange:
             self._capacity = bound
         elif most is not None:
             self._capacity = _power_of_two(most)
-        elif torch._C._current_graph_task_id() != -1:
-            # Recomputed activations: some forward pass agreed on as much, though perhaps not the last one.
-            self._capacity = max(self._buffers)
-        elif not self._same_pass(config, order):
-            self._capacity = _power_of_two(self._most(num_tokens))
-        self._last = (config, order)
+        else:
+            # A layer that backward recomputes may belong to any forward pass.
+            in_backward = torch._C._current_graph_task_id() != -1
+            if in_backward or not self._same_pass(config, order):
+                self._capacity = _power_of_two(self._most(num_tokens))
+            self._last = None if in_backward else (config, order)
         if self._capacity not in self._buffers:
             self._buffers[self._capacity] = self._make()
         return self._buffers[self._capacity], self._capacity
@@ -359,7 +361,7 @@ def _gather(x: torch.Tensor, num_rows: int, group: dist.ProcessGroup) -> torch.T
     rows = _slice_rows(num_rows, group)
     out = x.new_empty(rows * dist.get_world_size(group), *x.shape[1:])
     dist.all_gather_into_tensor(out, F.pad(x, (0, 0, 0, rows - len(x))).contiguous(), group=group)
-    return out[:num_rows]
+    return out if len(out) == num_rows else out[:num_rows].clone()
 
 
 def _power_of_two(num_tokens: int) -> int:
@@ -367,7 +369,7 @@ def _power_of_two(num_tokens: int) -> int:
 
 
 def _seed(precision: WirePrecision | None) -> int:
-    """Draw random bits where a leg rounds by them; recomputed activations draw the same, for checkpoints keep the RNG."""
+    """Draw random bits where a leg rounds by them; a checkpoint keeps the generator, and so recomputes with the same."""
     legs = [] if precision is None else [getattr(precision, field.name) for field in dataclasses.fields(precision)]
     if not any(isinstance(leg, WireFormat) and leg.rounding is Rounding.STOCHASTIC for leg in legs):
         return 0
