@@ -210,14 +210,25 @@ def run_alone(
 
 
 def load_on_ranks(
-    path: str, shape: Shape, settings: dict[str, Any], checkpointing: bool = False, **options: Any
+    path: str,
+    shape: Shape,
+    settings: dict[str, Any],
+    checkpointing: bool = False,
+    fsdp_mixed_precision: bool = False,
+    **options: Any,
 ) -> Any:
     from transformers.distributed import DistributedConfig
 
     import qcomm.integrations.transformers as integration
 
     integration.register("qcomm_test", **settings)
-    config = DistributedConfig(ep_size=shape.ep, fsdp_size=shape.fsdp, tp_size=shape.tp, ep_implementation="qcomm_test")
+    config = DistributedConfig(
+        ep_size=shape.ep,
+        fsdp_size=shape.fsdp,
+        tp_size=shape.tp,
+        ep_implementation="qcomm_test",
+        fsdp_mixed_precision=fsdp_mixed_precision,
+    )
     model = load(path, distributed_config=config, **options)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -459,6 +470,63 @@ def test_what_is_refused(pools: Pools, saved: Callable[[str], str]) -> None:
         assert "got torch.float32" in message
     for message in run(refuse, saved("qwen3_moe"), {"num_max_tokens_per_rank": 8}, torch.bfloat16):
         assert "at most num_max_tokens_per_rank = 8 rows, got 12" in message
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("settings", "backend", "experts", "rows", "want"),
+    [
+        ({}, "nvlink", "grouped_mm", 32768, (True, None)),
+        ({}, "nvlink", "grouped_mm", 32769, (False, None)),
+        ({}, "nvlink", "eager", 64, (False, None)),
+        ({}, "collective", "grouped_mm", 64, (False, None)),
+        ({"static": True}, "collective", "eager", 1 << 20, (True, None)),
+        ({"static": False}, "nvlink", "grouped_mm", 64, (False, None)),
+        ({"num_max_recv_tokens": 4096}, "nvlink", "grouped_mm", 1 << 20, (True, 4096)),
+        ({"num_max_recv_tokens": 4096}, "nvlink", "grouped_mm", 64, (True, 64)),
+    ],
+)
+def test_when_receives_are_static(
+    settings: dict[str, Any], backend: str, experts: str, rows: int, want: tuple[bool, int | None]
+) -> None:
+    from qcomm.integrations.transformers import Settings, choose_static
+
+    assert choose_static(Settings(**settings), backend, experts, rows) == want
+
+
+def generate(rank: int, num_ranks: int, path: str, shape: Shape) -> list[list[int]]:
+    import qcomm.integrations.transformers as integration
+
+    model = load_on_ranks(path, shape, {})
+    prompt = torch.full((1 + rank // shape.tp, 3), 5 + rank // shape.tp)
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    try:
+        out: list[list[int]] = model.generate(prompt, **options).tolist()
+        return out
+    finally:
+        integration.close()
+
+
+@needs_transformers
+@pytest.mark.parametrize("shape", [APART, TOGETHER], ids=["apart", "together"])
+def test_generates(pools: Pools, saved: Callable[[str], str], shape: Shape) -> None:
+    # Together, one rank has the only token of a step, and the other none.
+    first, second = pools.get(2).run(generate, saved("qwen3_moe"), shape)
+    assert [len(row) for row in first + second] == [8] * (len(first) + len(second))
+    if shape is TOGETHER:
+        assert first == second
+    else:
+        assert second[0] == second[1]
+
+
+@needs_transformers
+def test_float32_parameters_with_mixed_precision(pools: Pools, saved: Callable[[str], str]) -> None:
+    path, settings = saved("qwen3_moe"), {"precision": WIRES["bf16"]}
+    alone, _ = run_alone(path, APART)
+    outcomes = pools.get(2).run(run_ranks, path, APART, settings, dtype=torch.float32, fsdp_mixed_precision=True)
+    for outcome, want in zip(outcomes, alone, strict=True):
+        assert relative_error(outcome.logits, want) < 2**-6
+    assert all(grad.dtype == torch.float32 for grad in outcomes[0].grads.values())
 
 
 @needs_transformers

@@ -121,6 +121,25 @@ def close() -> None:
     _exchanges.clear()
 
 
+def choose_static(settings: Settings, backend: str, experts: str, rows: int) -> tuple[bool, int | None]:
+    """Choose whether a receive leaves the host out of it; the same on every rank.
+
+    Args:
+        settings: of the implementation.
+        backend: of the buffer.
+        experts: the model's `experts_implementation`.
+        rows: the worst case.
+
+    Returns:
+        Whether, and the rows to receive into if not the worst case.
+    """
+    if settings.num_max_recv_tokens is not None:
+        return True, min(settings.num_max_recv_tokens, rows)
+    if settings.static is not None:
+        return settings.static, None
+    return backend == "nvlink" and experts != "eager" and rows <= STATIC_ROWS, None
+
+
 class QcommEP(EPImplementation):
     """The exchange of one layer's experts.
 
@@ -177,7 +196,9 @@ class QcommEP(EPImplementation):
         key = _Key(self.ep_mesh.get_group(), self.settings, num_experts, num_topk, padded, x.device)
         exchange = _exchanges.setdefault(key, _Exchange(key))
         buffer, capacity = exchange.buffer(self._config, self._order, len(x), most)
-        static, num_max_recv_tokens = self._static(buffer, capacity, num_topk)
+        rows = capacity * buffer.num_ranks * min(num_topk, self.num_local_experts)
+        experts = getattr(self._config, "_experts_implementation", "eager")
+        static, num_max_recv_tokens = choose_static(self.settings, buffer.backend, experts, rows)
         seed = _seed(self.settings.precision)
         received, handle = dispatch(
             F.pad(x, (0, padded - hidden)).contiguous(),
@@ -194,17 +215,6 @@ class QcommEP(EPImplementation):
         out = combine(F.pad(y, (0, padded - hidden)), handle, seed=seed)
         # Never a view, on which FSDP cannot hook what is done in place.
         return out if padded == hidden else out[:, :hidden].contiguous()
-
-    def _static(self, buffer: Buffer, capacity: int, num_topk: int) -> tuple[bool, int | None]:
-        """Tell whether to receive without the host, and into how many rows if not the worst case."""
-        rows = capacity * buffer.num_ranks * min(num_topk, buffer.num_local_experts)
-        settings = self.settings
-        if settings.num_max_recv_tokens is not None:
-            return True, min(settings.num_max_recv_tokens, rows)
-        if settings.static is not None:
-            return settings.static, None
-        eager = getattr(self._config, "_experts_implementation", "eager") == "eager"
-        return buffer.backend == "nvlink" and not eager and rows <= STATIC_ROWS, None
 
     def _run_experts(self, received: Received, hidden: int, static: bool) -> torch.Tensor:
         """Run the experts on rows that each belong to one of them; rows past the last group to none."""
@@ -369,7 +379,7 @@ def _power_of_two(num_tokens: int) -> int:
 
 
 def _seed(precision: WirePrecision | None) -> int:
-    """Draw random bits where a leg rounds by them; a checkpoint keeps the generator, and so recomputes with the same."""
+    """Draw random bits where a leg rounds by them; checkpoints keep torch's generator, and recompute with the same."""
     legs = [] if precision is None else [getattr(precision, field.name) for field in dataclasses.fields(precision)]
     if not any(isinstance(leg, WireFormat) and leg.rounding is Rounding.STOCHASTIC for leg in legs):
         return 0
