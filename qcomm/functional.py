@@ -144,31 +144,41 @@ class _Dispatch(torch.autograd.Function):
         weights = None if call.options["handle"] is not None else topk_weights
         received, handle = call.buffer.dispatch(call.x, call.topk_idx, weights, **call.options)
         call.received, call.handle = received, handle
-        ctx.call, ctx.handle = call, handle
         ctx.dtype = torch.bfloat16 if x is None else x.dtype
         ctx.set_materialize_grads(False)
-        rows = received.x
+        rows, shape = received.x, (*received.x.shape[:-1], call.x.shape[-1])
         if rows.dtype != ctx.dtype:
-            hidden = call.x.shape[-1]
-            rows = torch.zeros((), dtype=torch.bfloat16, device=rows.device).expand(*rows.shape[:-1], hidden)
-        return rows, received.topk_weights if handle.recv_layout == "token_major" else received.weights
+            rows = torch.zeros((), dtype=torch.bfloat16, device=rows.device).expand(shape)
+        by_token = handle.recv_layout == "token_major"
+        weights = received.topk_weights if by_token else received.weights
+        # Nothing that ctx keeps may be an output: it would keep ctx, and neither would ever be freed.
+        ctx.buffer, ctx.handle = call.buffer, _without(handle, rows, weights)
+        ctx.seed, ctx.shape, ctx.device = call.options["seed"] ^ _BACKWARD_SEED, shape, rows.device
+        ctx.topk_idx = received.topk_idx if by_token else None
+        return rows, weights
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_rows: torch.Tensor | None, d_weights: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        handle, call = ctx.handle, ctx.call
-        assert call.received is not None
-        shape = (*call.received.x.shape[:-1], call.x.shape[-1])
         if d_rows is None:
-            d_rows = torch.zeros(shape, dtype=ctx.dtype, device=call.received.x.device)
-        if d_weights is not None and handle.recv_layout == "token_major":
+            d_rows = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+        if d_weights is not None and ctx.topk_idx is not None:
             # Of a row's entries only those are its own whose expert is here.
-            d_weights = torch.where(call.received.topk_idx >= 0, d_weights, 0)
-        seed = call.options["seed"] ^ _BACKWARD_SEED
-        d_x, d_topk_weights = call.buffer._return_gradients(d_rows.contiguous(), d_weights, handle, seed)
+            d_weights = torch.where(ctx.topk_idx >= 0, d_weights, 0)
+        d_x, d_topk_weights = ctx.buffer._return_gradients(d_rows.contiguous(), d_weights, ctx.handle, ctx.seed)
         return d_x if ctx.needs_input_grad[0] else None, d_topk_weights if ctx.needs_input_grad[1] else None, None
+
+
+def _without(handle: DispatchHandle, *outputs: torch.Tensor | None) -> DispatchHandle:
+    """Return the handle with other tensor objects in place of a Function's outputs, over the same memory."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(handle):
+        value = getattr(handle, field.name)
+        if isinstance(value, torch.Tensor) and any(value is output for output in outputs):
+            changes[field.name] = value.detach()
+    return dataclasses.replace(handle, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
