@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +16,22 @@ from ranks import Pools
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from qcomm import Rounding, ScaleRule, WireFormat, WirePrecision, reference
+from qcomm import QcommOverflowError, Rounding, ScaleRule, WireFormat, WirePrecision, reference
 from qcomm.formats import WireKind
 
 NEEDS = "needs transformers >= 5.23 and accelerate (the extra 'transformers')"
-needs_transformers = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("transformers", "accelerate")), reason=NEEDS
-)
+
+
+def has_transformers() -> bool:
+    try:
+        importlib.metadata.version("accelerate")
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in found.split(".")[:2]) >= (5, 23)
+
+
+needs_transformers = pytest.mark.skipif(not has_transformers(), reason=NEEDS)
 KINDS = ("qwen3_moe", "deepseek_v3", "gpt_oss")
 SEQUENCE, NUM_EXPERTS, NUM_TOPK = 12, 8, 2
 
@@ -470,6 +479,48 @@ def test_what_is_refused(pools: Pools, saved: Callable[[str], str]) -> None:
         assert "got torch.float32" in message
     for message in run(refuse, saved("qwen3_moe"), {"num_max_tokens_per_rank": 8}, torch.bfloat16):
         assert "at most num_max_tokens_per_rank = 8 rows, got 12" in message
+
+
+def overflow(rank: int, num_ranks: int, path: str) -> str:
+    import qcomm.integrations.transformers as integration
+
+    model = load_on_ranks(path, APART, {"num_max_recv_tokens": 4})
+    try:
+        with torch.no_grad():
+            loss_of(model, torch.zeros(1, SEQUENCE, dtype=torch.int64))
+    except QcommOverflowError as error:
+        return str(error)
+    finally:
+        integration.close()
+    return ""
+
+
+@needs_transformers
+def test_too_small_a_static_receive_is_told_in_the_next_layer(pools: Pools, saved: Callable[[str], str]) -> None:
+    messages = pools.get(2).run(overflow, saved("qwen3_moe"))
+    assert any("num_max_recv_tokens gave 4" in message for message in messages)
+
+
+def run_without_tokens(rank: int, num_ranks: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    import qcomm.integrations.transformers as integration
+
+    model = load_on_ranks(path, APART, {})
+    num_tokens = 0 if rank else 5
+    x = torch.randn(num_tokens, 128).bfloat16().requires_grad_()
+    try:
+        routes = torch.tensor([1, NUM_EXPERTS - 1]).expand(num_tokens, NUM_TOPK)
+        out = model.model.layers[0].mlp.experts(x, routes, torch.rand(num_tokens, NUM_TOPK))
+        out.sum().backward()
+        assert x.grad is not None
+        return tuple(out.shape), tuple(x.grad.shape)
+    finally:
+        integration.close()
+
+
+@needs_transformers
+def test_rank_without_tokens(pools: Pools, saved: Callable[[str], str]) -> None:
+    results = pools.get(2).run(run_without_tokens, saved("qwen3_moe"))
+    assert results == [((5, 128), (5, 128)), ((0, 128), (0, 128))]
 
 
 @needs_transformers
