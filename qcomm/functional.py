@@ -144,18 +144,18 @@ class _Dispatch(torch.autograd.Function):
         weights = None if call.options["handle"] is not None else topk_weights
         received, handle = call.buffer.dispatch(call.x, call.topk_idx, weights, **call.options)
         call.received, call.handle = received, handle
-        # Not the rows, nor the tokens: whoever computes on them keeps what it needs.
-        hidden, seed = call.x.shape[-1], call.options["seed"] ^ _BACKWARD_SEED
-        by_token = handle.recv_layout == "token_major"
-        ctx.buffer, ctx.handle, ctx.seed, ctx.device = call.buffer, handle, seed, received.x.device
-        ctx.shape = (*received.x.shape[:-1], hidden)
-        ctx.topk_idx = received.topk_idx if by_token else None
         ctx.dtype = torch.bfloat16 if x is None else x.dtype
         ctx.set_materialize_grads(False)
-        rows = received.x
+        rows, shape = received.x, (*received.x.shape[:-1], call.x.shape[-1])
         if rows.dtype != ctx.dtype:
-            rows = torch.zeros((), dtype=torch.bfloat16, device=rows.device).expand(ctx.shape)
-        return rows, received.topk_weights if by_token else received.weights
+            rows = torch.zeros((), dtype=torch.bfloat16, device=rows.device).expand(shape)
+        by_token = handle.recv_layout == "token_major"
+        weights = received.topk_weights if by_token else received.weights
+        # Nothing that ctx keeps may be an output: it would keep ctx, and neither would ever be freed.
+        ctx.buffer, ctx.handle = call.buffer, _without(handle, rows, weights)
+        ctx.seed, ctx.shape, ctx.device = call.options["seed"] ^ _BACKWARD_SEED, shape, rows.device
+        ctx.topk_idx = received.topk_idx if by_token else None
+        return rows, weights
 
     @staticmethod
     @once_differentiable
@@ -169,6 +169,16 @@ class _Dispatch(torch.autograd.Function):
             d_weights = torch.where(ctx.topk_idx >= 0, d_weights, 0)
         d_x, d_topk_weights = ctx.buffer._return_gradients(d_rows.contiguous(), d_weights, ctx.handle, ctx.seed)
         return d_x if ctx.needs_input_grad[0] else None, d_topk_weights if ctx.needs_input_grad[1] else None, None
+
+
+def _without(handle: DispatchHandle, *outputs: torch.Tensor | None) -> DispatchHandle:
+    """Return the handle with other tensor objects in place of a Function's outputs, over the same memory."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(handle):
+        value = getattr(handle, field.name)
+        if isinstance(value, torch.Tensor) and any(value is output for output in outputs):
+            changes[field.name] = value.detach()
+    return dataclasses.replace(handle, **changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -371,3 +372,42 @@ def _recomputed(rank: int, num_ranks: int, device: str, backend: str) -> tuple[i
 def test_checkpointing_replays_the_route(target: Target) -> None:
     # Two forward passes route; the recomputation and the two backward passes replay.
     assert set(target.run(_recomputed)) == {(2, 3)}
+
+
+def _rows_left(rank: int, num_ranks: int, device: str, backend: str) -> list[str]:
+    left = []
+    todo: list[tuple[RecvLayout, RecvDtype]] = [
+        ("expert_major", "bf16"),
+        ("expert_major", "fp8"),
+        ("token_major", "bf16"),
+    ]
+    for layout, recv_dtype in todo:
+        case = dataclasses.replace(BASE, recv_layout=layout, recv_dtype=recv_dtype)
+        inputs = cases.make_inputs(case, num_ranks)
+        with _buffer(case, (BF16,) * 4, num_ranks, device, backend) as buffer:
+            for backward in (True, False):
+                assert inputs.topk_weights is not None
+                weights = _leaf(inputs.topk_weights[rank], buffer.device)
+                recv, handle = qcomm.dispatch(
+                    _leaf(inputs.xs[rank], buffer.device),
+                    inputs.topk_idxs[rank].to(buffer.device),
+                    weights,
+                    buffer,
+                    recv_layout=case.recv_layout,
+                    recv_dtype=case.recv_dtype,
+                )
+                y = recv.x if recv.grad_carrier is None else recv.grad_carrier
+                out = qcomm.combine(y * 2, handle)
+                if backward:
+                    out.sum().backward()
+                rows = weakref.ref(recv.x)
+                del recv, handle, y, out, weights
+                gc.collect()
+                if rows() is not None:
+                    left.append(f"{layout}, {recv_dtype}, backward={backward}")
+    return left
+
+
+@targets(2)
+def test_rows_are_freed_with_the_graph(target: Target) -> None:
+    assert target.run(_rows_left) == [[]] * target.pool.num_ranks

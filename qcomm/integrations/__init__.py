@@ -1,0 +1,1 @@
+"""qcomm inside other libraries: one module each, which imports that library."""
