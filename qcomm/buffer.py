@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 import weakref
@@ -140,6 +141,7 @@ class Buffer:
     @property
     def group(self) -> dist.ProcessGroup:
         """The group it exchanges in."""
+        self._live()
         return self._member.group
 
     @property
@@ -534,9 +536,7 @@ class Buffer:
     def destroy(self) -> None:
         """Free what the buffer holds. Collective; a second call does nothing. See `abandon` for dead peers."""
         if self._transport is not None:
-            transport, self._transport = self._transport, None
-            self._drop_hook("destroy()")
-            transport.destroy()
+            self._let_go("destroy()").destroy()
 
     def abandon(self) -> None:
         """Stop using the buffer without waiting for the peers, as after a peer died. Not collective.
@@ -545,9 +545,7 @@ class Buffer:
         exception does this, since the peers may not be leaving theirs.
         """
         if self._transport is not None:
-            transport, self._transport = self._transport, None
-            self._drop_hook("abandon()")
-            transport.abandon()
+            self._let_go("abandon()").abandon()
 
     def __enter__(self) -> Buffer:
         return self
@@ -582,6 +580,13 @@ class Buffer:
         """Leave the receive of a call to a hook."""
         self._hook = RecvHook(call, self._member.rank, self._member.device, receive)
         return self._hook
+
+    def _let_go(self, by: str) -> Transport:
+        """Give up the transport; and the group, whose threads must end before the interpreter does."""
+        transport, self._transport = self._live(), None
+        self._drop_hook(by)
+        self._member = dataclasses.replace(self._member, group=None)  # type: ignore[arg-type]
+        return transport
 
     def _drop_hook(self, by: str) -> None:
         if self._hook is not None:
