@@ -69,12 +69,9 @@ struct BlockRecords {
     int total;  // in the grid, with those that a source with fewer records does not have
 
     __device__ __forceinline__ explicit BlockRecords(const CombineSendParams& p)
-        : comm(p.comm), recv_offsets(p.recv_offsets) {
-        int most = 0;
-        for (int source = 0; source < comm.num_ranks; ++source)
-            most = max(most, recv_offsets[source + 1] - recv_offsets[source]);
-        total = most * comm.num_ranks;
-    }
+        : comm(p.comm),
+          recv_offsets(p.recv_offsets),
+          total(most_records(comm, recv_offsets) * comm.num_ranks) {}
 
     // Another one for each of a block's records, and at any time for each rank: see dispatch_send.
     __device__ __forceinline__ int source(int i) const {

@@ -73,3 +73,11 @@ __device__ __forceinline__ int32_t* counts_of(const Comm& comm, int rank, uint32
     const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks + source;
     return region<int32_t>(comm, rank, comm.counts) + index * width;
 }
+
+// Records of the source that has most, of those that begin at recv_offsets[source].
+__device__ __forceinline__ int most_records(const Comm& comm, const int32_t* recv_offsets) {
+    int most = 0;
+    for (int source = 0; source < comm.num_ranks; ++source)
+        most = max(most, recv_offsets[source + 1] - recv_offsets[source]);
+    return most;
+}

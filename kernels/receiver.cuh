@@ -104,9 +104,7 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
     const int lane = threadIdx.x % 32, num_ranks = comm.num_ranks;
     const int width = placement.layout == kTokenMajor ? 1 : kNumTopk;
     const int step = gridDim.x * kTeams;
-    int most = 0;
-    for (int source = 0; source < num_ranks; ++source)
-        most = max(most, placement.recv_offsets[source + 1] - placement.recv_offsets[source]);
+    const int most = most_records(comm, placement.recv_offsets);
     const uint32_t* flags = region<uint32_t>(comm, comm.rank, comm.dispatch_flags);
     const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.dispatch_records);
     uint32_t n = 0;
@@ -207,7 +205,7 @@ __device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inb
         inbox.taken[team.number].arrive(n);
         if (team.is_first_warp()) {
             write_rows(p, stage, row);
-            bulk_wait_read<kPending<1>>();
+            bulk_wait_read<kPending>();
         }
         ring.next(team);
     }

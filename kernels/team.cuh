@@ -8,9 +8,8 @@ constexpr int kTeamWarps = QCOMM_TEAM_WARPS;
 constexpr int kTeamThreads = 32 * kTeamWarps;
 constexpr int kVecsPerThread = (kNumVecs + kTeamThreads - 1) / kTeamThreads;
 constexpr int kStages = QCOMM_STAGES;  // a team's, in shared memory
-// Copies that may be under way when the first warp has waited, which it does for every record, or every few.
-template <int kEvery>
-constexpr int kPending = kStages > kEvery + 1 ? kStages - 1 - kEvery : 0;
+// Copies that may be under way when the first warp has waited, which it does for every record.
+constexpr int kPending = kStages > 2 ? kStages - 2 : 0;
 
 struct Team {
     int number;  // in its block
@@ -49,9 +48,6 @@ class Ring {
         : first_(shared + team.number * kStages * kBytes), stage_(first_) {}
 
     __device__ __forceinline__ uint8_t* stage() const { return stage_; }
-    __device__ __forceinline__ uint8_t* stage(uint32_t number) const {
-        return first_ + number % kStages * kBytes;
-    }
 
     // Makes the stage, which all have written, ready to be copied.
     __device__ __forceinline__ void written(const Team& team) const {
