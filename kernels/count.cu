@@ -11,7 +11,7 @@ static_assert(sizeof(CountParams) == QCOMM_SIZEOF_COUNT, "qcomm/ops/count.py hol
 // Waits for every rank's counts and counts what comes. Zeroes the overflow counters of the receive that
 // follows.
 //
-// Grid 1, any block of at least two warps. Dynamic shared memory: count_records' table.
+// Grid 1, any block of whole warps. Dynamic shared memory: count_records' table.
 extern "C" __global__ void count(const __grid_constant__ CountParams params) {
     extern __shared__ int32_t table[];
     const Comm& comm = params.comm;

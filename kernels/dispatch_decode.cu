@@ -9,10 +9,8 @@ static_assert(kTeams == 1, "a block sends one record after the other, then recei
 static_assert(kPlaces);
 
 struct DispatchDecodeParams {
-    DispatchSendParams send;
+    DispatchSendParams send;  // its send_slot and ordinals are written here
     DispatchRecvParams recv;
-    int32_t* send_slot;  // out [num_tokens, num_ranks]
-    int32_t* ordinals;   // out [num_tokens, kNumTopk]
 };
 
 static_assert(sizeof(DispatchDecodeParams) == QCOMM_SIZEOF_DISPATCH_DECODE,
@@ -49,11 +47,12 @@ __device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint
         const int j = i % each - comm.num_ranks;
         if (token >= p.send.num_tokens) break;
         if (j < 0) {
-            p.send_slot[token * comm.num_ranks + i % each] = map.number(comm.num_experts + i % each, token);
+            p.send.send_slot[token * comm.num_ranks + i % each] =
+                map.number(comm.num_experts + i % each, token);
         } else {
             const Index expert = topk_idx[token * kNumTopk + j];
             const bool valid = expert >= 0 && expert < comm.num_experts;
-            p.ordinals[token * kNumTopk + j] = valid ? map.number(static_cast<int>(expert), token) : 0;
+            p.send.ordinals[token * kNumTopk + j] = valid ? map.number(static_cast<int>(expert), token) : 0;
         }
     }
     if (blockIdx.x == 0) {

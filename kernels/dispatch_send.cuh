@@ -10,11 +10,11 @@ enum InputKind { kInputBf16 = QCOMM_BF16, kInputFp8 = QCOMM_FP8, kInputMxfp4 = Q
 
 struct DispatchSendParams {
     Comm comm;
-    const uint8_t* x;   // [num_tokens] rows of bf16, E4M3 or packed E2M1
-    const uint8_t* sf;  // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
-    const int32_t* send_slot;     // [num_tokens, num_ranks]
+    const uint8_t* x;    // [num_tokens] rows of bf16, E4M3 or packed E2M1
+    const uint8_t* sf;   // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
+    int32_t* send_slot;  // [num_tokens, num_ranks]
     const int32_t* topk_idx;      // [num_tokens, kNumTopk] of index_words words each, the lowest first
-    const int32_t* ordinals;      // [num_tokens, kNumTopk]
+    int32_t* ordinals;            // [num_tokens, kNumTopk]
     const int32_t* topk_weights;  // [num_tokens, kNumTopk] bits of float32, or null for ones
     int64_t sf_row_stride;        // elements
     int64_t sf_group_stride;      // elements

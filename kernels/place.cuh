@@ -46,8 +46,9 @@ __device__ __forceinline__ RecordEntry read_entry(const Comm& comm, const uint8_
     const volatile int32_t* words = reinterpret_cast<const volatile int32_t*>(metadata);
     RecordEntry entry = {words[0], -1, 0, 0.0f};
     if (lane >= kNumTopk) return entry;
+    // Below zero for none, too.
     const int expert = words[1 + lane] - comm.rank * comm.num_local_experts;
-    if (words[1 + lane] < 0 || expert < 0 || expert >= comm.num_local_experts) return entry;
+    if (expert < 0 || expert >= comm.num_local_experts) return entry;
     entry.expert = expert;
     entry.ordinal = words[1 + kNumTopk + lane];
     entry.weight = __int_as_float(words[1 + 2 * kNumTopk + lane]);

@@ -56,7 +56,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
         wait_flag(comm, comm.chunk_flags + chunk, epoch, comm.rank, kPhaseRoute);
     }
     __syncthreads();
-    // A thread adds up four keys of every kParts-th chunk.
+    // A thread adds up four keys of one chunk in `parts`.
     const int columns = num_keys / kKeysPerLoad, parts = max(1, static_cast<int>(blockDim.x) / columns);
     for (int i = threadIdx.x; i < columns * parts; i += blockDim.x) {
         const int column = i % columns;

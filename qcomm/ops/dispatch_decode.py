@@ -40,12 +40,7 @@ _STATIC_SHARED_BYTES = 8 * 1024
 class DispatchDecodeParams(ctypes.Structure):
     """See `DispatchDecodeParams` in kernels/dispatch_decode.cu."""
 
-    _fields_ = (
-        ("send", DispatchSendParams),
-        ("recv", DispatchRecvParams),
-        ("send_slot", ctypes.c_uint64),
-        ("ordinals", ctypes.c_uint64),
-    )
+    _fields_ = (("send", DispatchSendParams), ("recv", DispatchRecvParams))
 
 
 def dispatch_decode_spec(
@@ -100,7 +95,7 @@ def launch_decode(
     num_tokens, hidden = x.shape
     num_topk = routing.topk_idx.shape[1]
     send, kind = send_params(launcher, x, handle, routing, options.wire, options.seed)
-    params = DispatchDecodeParams(send, recv, handle.send_slot.data_ptr(), routing.ordinals.data_ptr())
+    params = DispatchDecodeParams(send, recv)
     wire = encoding(options.wire, kind)
     sharing = _teams(options.recv_dtype, wire, hidden, num_topk)
     kernel = launcher.kernels.get(

@@ -331,15 +331,15 @@ class NvlinkTransport:
         return _cut(draft, counts), payload
 
     def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
-        """Wait for what comes, which `place` tells the host; raise if a rank cannot take part."""
+        """Wait for what comes, which `count` tells the host; raise if a rank cannot take part."""
         member, host = self._member, self._host_view
-        placed = torch.cuda.Event()
-        placed.record()
+        counted = torch.cuda.Event()
+        counted.record()
         spins = 0
         while host[count.HOST_SEQUENCE] != self._sequence:
             spins += 1
             if spins % _SPINS_PER_QUERY == 0:
-                placed.query()  # the kernels end by their deadline; a broken CUDA context raises here
+                counted.query()  # the kernels end by their deadline; a broken CUDA context raises here
         if not host[count.HOST_READY]:
             while not self._reports_view.timeout.code:
                 pass
