@@ -16,8 +16,7 @@ extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     const uint32_t epoch = comm.state->epoch + 1;
     announce(comm, epoch);
     if (peer < comm.num_ranks) {
-        wait_for_peer(comm, region<uint32_t>(comm, comm.rank, comm.barrier_flags) + peer, epoch, peer,
-                      kPhaseBarrier);
+        wait_for_peer(comm, flag_at(comm, comm.rank, comm.barrier_flags, peer), epoch, peer, kPhaseBarrier);
     }
     __syncthreads();
     if (threadIdx.x == 0) comm.state->epoch = epoch;

@@ -2,12 +2,11 @@
 // sums of each token by rank; combine_decode does both, for few tokens. Float32, every product and every sum
 // rounded; the order of addition is fixed.
 #include "sender.cuh"
-#include "topk.cuh"
+#include "sum.cuh"
 #include "wait.cuh"
 
 // Whether numbers of rows may travel along; the kernel for few tokens has no registers for them.
 constexpr bool kTakesValues = QCOMM_TAKES_VALUES;
-constexpr int kSumBatch = kWire == kMxfp4 ? 4 : 2;  // records whose loads are in flight together
 // Vectors of a token that a receiving warp takes, so that it looks at the flags once for several.
 constexpr int kPartVecs = 2;
 constexpr int kPartsPerToken = (kNumVecs + 32 * kPartVecs - 1) / (32 * kPartVecs);
@@ -28,7 +27,7 @@ static_assert(sizeof(CombineSendParams) == QCOMM_SIZEOF_COMBINE_SEND, "qcomm/ops
 
 struct CombineRecvParams {
     Comm comm;
-    const int32_t* send_slot;  // [num_tokens, num_ranks]
+    const int32_t* send_slot;  // [num_tokens, num_ranks + kForwardNodes]
     uint8_t* out;              // out [num_tokens, kHidden] bf16
     float* values;             // out [num_tokens, kNumTopk], sums of what came, or null
     int32_t num_tokens;
@@ -104,6 +103,50 @@ struct Rows {
     float value;
 };
 
+// Where a rank's sums for a source go: to the source, or, where its node's sums are added up first, to the
+// rank here that does it for that source; and under the number of which rank they lie there.
+struct SumRoute {
+    int to;
+    int from;
+};
+
+__device__ __forceinline__ SumRoute route_of(const Comm& comm, int source) {
+    if constexpr (kForwards) {
+        const int here = node_of(comm.rank) * kRanksPerNode;
+        return {here + source % kRanksPerNode, counterpart(comm, node_of(source))};
+    }
+    return {same_node(comm, source) ? source : comm.rank, comm.rank};
+}
+
+// What travels of a record.
+__device__ __forceinline__ int bytes_sent(const CombineSendParams& p) {
+    return kRecordBytes + (kTakesValues && p.record_values != nullptr ? kMetadataBytes : 0);
+}
+
+// Where a token's sums from a rank are. Sums of another node, where they are added up there first, count as
+// those of its first rank.
+__device__ __forceinline__ bool by_node(const Comm& comm, int rank) {
+    return kForwards && !same_node(comm, rank);
+}
+
+__device__ __forceinline__ int slot_of_sum(const Comm& comm, const int32_t* send_slot, int token, int rank) {
+    const int32_t* slots = send_slot + static_cast<int64_t>(token) * (comm.num_ranks + kForwardNodes);
+    if (!by_node(comm, rank)) return slots[rank];
+    return rank % max(1, kRanksPerNode) == 0 ? slots[comm.num_ranks + node_of(rank)] : -1;
+}
+
+__device__ __forceinline__ int sums_index(const Comm& comm, int rank) {
+    return by_node(comm, rank) ? node_of(rank) : rank;
+}
+
+__device__ __forceinline__ uint64_t sum_flags(const Comm& comm, int rank) {
+    return by_node(comm, rank) ? comm.state->nodes.node_sum_flags : comm.combine_flags;
+}
+
+__device__ __forceinline__ uint8_t* combine_outbox(const Comm& comm) {
+    return region<uint8_t>(comm, comm.rank, comm.state->nodes.combine_outbox);
+}
+
 // The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk.
 __device__ __forceinline__ void load_rows(const CombineSendParams& p, const BlockRecords& records,
                                           int num_records, SumBoard& board, uint8_t* chunks) {
@@ -139,9 +182,16 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
         if (kTakesValues && lane < kNumTopk) item.values[lane] = rows.value;
         if (lane == 0) {
             const int source = records.source(rows.i);
-            const int64_t index = slot_index(comm, comm.rank, records.slot(rows.i));
-            item.destination = region<uint8_t>(comm, source, comm.combine_records) + index * kSlotBytes;
-            item.flag = region<uint32_t>(comm, source, comm.combine_flags) + index;
+            const auto [to, from] = route_of(comm, source);
+            const int64_t index = slot_index(comm, from, records.slot(rows.i));
+            item.destination = region<uint8_t>(comm, to, comm.combine_records) + index * kSlotBytes;
+            item.flag = flag_at(comm, to, comm.combine_flags, index);
+#if QCOMM_NVSHMEM
+            if (!kForwards && !same_node(comm, source)) {
+                const int64_t slot = slot_index(comm, source, records.slot(rows.i));
+                item.destination = combine_outbox(comm) + slot * kSlotBytes;
+            }
+#endif
             item.token = rows.token;
             item.source = source;
             item.first_chunk = chunk;
@@ -208,11 +258,19 @@ template <bool kBegins>
 __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t epoch, int num_records,
                                           SumBoard& board, uint8_t* stages) {
     const Comm& comm = p.comm;
-    Sender sender(board.outbox, stages, epoch);
+#if QCOMM_NVSHMEM
+    const PutParts parts = {kForwards ? nullptr : combine_outbox(comm),
+                            region<uint8_t>(comm, comm.rank, comm.combine_records),
+                            region<uint32_t>(comm, comm.rank, comm.combine_flags), kSlotBytes,
+                            static_cast<uint32_t>(bytes_sent(p))};
+#else
+    const PutParts parts = {};
+#endif
+    Sender sender(board.outbox, stages, epoch, parts);
     const int lane = threadIdx.x % 32;
     bool came = true;
     if (kBegins && lane < comm.num_ranks) {
-        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + lane;
+        const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
         came = blockIdx.x == 0 && sender.number() == 0 ? wait_for_peer(comm, flag, epoch, lane, kPhaseBarrier)
                                                        : wait_flag(comm, flag, epoch, lane, kPhaseBarrier);
     }
@@ -226,9 +284,21 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
             fence_proxy_async_shared();
             __syncwarp();
         }
-        const uint32_t num_bytes =
-            kRecordBytes + (kTakesValues && p.record_values != nullptr ? kMetadataBytes : 0);
-        sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, num_bytes);
+        const uint32_t num_bytes = bytes_sent(p);
+        uint32_t* flag = sends ? item.flag : nullptr;
+#if QCOMM_NVSHMEM
+        if constexpr (!kForwards) {
+            Put put = {-1, 0};
+            int outbox_slot = 0;
+            if (sends && !same_node(comm, item.source)) {
+                put = {item.source, static_cast<int32_t>((flag - parts.flags) / kFlagWords)};
+                outbox_slot = static_cast<int>((item.destination - parts.outbox) / kSlotBytes);
+                flag = nullptr;
+            }
+            sender.will_put(put, outbox_slot);
+        }
+#endif
+        sender.send(sends ? item.destination : nullptr, flag, num_bytes);
     }
     sender.finish();
 }
@@ -265,11 +335,12 @@ __device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t ep
     const int lane = threadIdx.x % 32;
     const int warp = blockIdx.x + gridDim.x * (threadIdx.x / 32), num_warps = gridDim.x * (blockDim.x / 32);
     const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.combine_records);
+    const uint8_t* node_sums =
+        kForwards ? region<uint8_t>(comm, comm.rank, comm.state->nodes.node_sums) : nullptr;
     const auto slot_of = [&](int part) {
         const int token = part / kPartsPerToken;
-        return lane < comm.num_ranks && token < p.num_tokens
-                   ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + lane]
-                   : -1;
+        return lane < comm.num_ranks && token < p.num_tokens ? slot_of_sum(comm, p.send_slot, token, lane)
+                                                             : -1;
     };
 
     int next_slot = slot_of(warp);
@@ -279,48 +350,26 @@ __device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t ep
         next_slot = slot_of(part + num_warps);
         bool arrived = true;
         if (slot >= 0) {
-            const uint32_t* flag =
-                region<uint32_t>(comm, comm.rank, comm.combine_flags) + slot_index(comm, lane, slot);
+            const uint32_t* flag = flag_at(comm, comm.rank, sum_flags(comm, lane),
+                                           slot_index(comm, sums_index(comm, lane), slot));
             arrived = wait_flag(comm, flag, epoch, lane, kPhaseCombine);
         }
         if (!__all_sync(kAllLanes, arrived)) return;
         const uint32_t ranks = __ballot_sync(kAllLanes, slot >= 0);
+        const auto record_of = [&](int rank) {
+            const int64_t index =
+                slot_index(comm, sums_index(comm, rank), __shfl_sync(kAllLanes, slot, rank));
+            return (by_node(comm, rank) ? node_sums : records) + index * kSlotBytes;
+        };
         if (kTakesValues && p.values != nullptr && first_vec == 0) {
-            float value = 0.0f;
-            for (uint32_t left = ranks; left != 0; left &= left - 1) {
-                const int rank = __ffs(left) - 1;
-                const int64_t index = slot_index(comm, rank, __shfl_sync(kAllLanes, slot, rank));
-                const volatile float* values =
-                    reinterpret_cast<const volatile float*>(records + index * kSlotBytes + kRecordBytes);
-                if (lane < kNumTopk) value += values[lane];
-            }
+            const float value = add_values(ranks, record_of);
             if (lane < kNumTopk) p.values[static_cast<int64_t>(token) * kNumTopk + lane] = value;
         }
 #pragma unroll 1
         for (int step = 0; step < kPartVecs; ++step) {
             const int vec = first_vec + step * 32 + lane;
             float sum[kVec] = {};
-            for (uint32_t left = ranks; left != 0;) {
-                LaneVec parts[kSumBatch];
-                bool valid[kSumBatch];
-#pragma unroll
-                for (int i = 0; i < kSumBatch; ++i) {
-                    valid[i] = left != 0;
-                    const int rank = valid[i] ? __ffs(left) - 1 : 0;
-                    left &= left - 1;
-                    const int64_t index = slot_index(comm, rank, __shfl_sync(kAllLanes, slot, rank));
-                    if (valid[i]) parts[i] = read_record(records + index * kSlotBytes, vec);
-                }
-#pragma unroll
-                for (int i = 0; i < kSumBatch; ++i) {
-                    if (!valid[i]) continue;
-                    float part[kVec];
-                    decode_wire(parts[i], part);
-#pragma unroll
-                    for (int e = 0; e < kVec; ++e)
-                        sum[e] = __fadd_rn(sum[e], part[e]);
-                }
-            }
+            add_records(ranks, record_of, vec, sum);
             if (vec >= kNumVecs) continue;
             LaneVec out;
             encode_bf16(sum, out.bf16());

@@ -24,7 +24,7 @@ __device__ __forceinline__ bool wait_for_counts(const Comm& comm, const Group& g
     if (threadIdx.x < 32) {
         bool mine = true;
         if (threadIdx.x < comm.num_ranks) {
-            const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.route_flags) + threadIdx.x;
+            const uint32_t* flag = flag_at(comm, comm.rank, comm.route_flags, threadIdx.x);
             mine = notes ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseRoute)
                          : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
         }

@@ -31,7 +31,7 @@ struct Decode {
 __device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
                                              uint32_t* bits) {
     const Comm& comm = p.send.comm;
-    const int words = (p.send.num_tokens + 31) / 32, num_keys = comm.num_experts + comm.num_ranks;
+    const int words = (p.send.num_tokens + 31) / 32, num_keys = number_of_keys(comm);
     const RouteMap map = {comm, bits, words, 0};
     for (int i = threadIdx.x; i < num_keys * words; i += blockDim.x)
         bits[i] = 0;

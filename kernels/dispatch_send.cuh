@@ -12,7 +12,7 @@ struct DispatchSendParams {
     Comm comm;
     const uint8_t* x;    // [num_tokens] rows of bf16, E4M3 or packed E2M1
     const uint8_t* sf;   // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
-    int32_t* send_slot;  // [num_tokens, num_ranks]
+    int32_t* send_slot;  // [num_tokens, num_ranks + kForwardNodes]
     const int32_t* topk_idx;      // [num_tokens, kNumTopk] of index_words words each, the lowest first
     int32_t* ordinals;            // [num_tokens, kNumTopk]
     const int32_t* topk_weights;  // [num_tokens, kNumTopk] bits of float32, or null for ones
@@ -120,18 +120,83 @@ class Metadata {
     int32_t next_[kWordsPerLane];
 };
 
-// A warp that sends every kSenders-th of the block's records, once per destination rank.
+#if QCOMM_NVSHMEM
+// Where the records of other nodes' ranks are put: to one rank of each node, which forwards them; or to each
+// rank. Behind one that is forwarded and its metadata are its slots at every rank, -1 for none.
+constexpr int kSlotsOffset = kRecordBytes + kMetadataBytes;
+constexpr int kForwardedBytes = kSlotsOffset + (4 * kNodes * kRanksPerNode + 15) / 16 * 16;
+constexpr int kOutboxLane = 31;
+static_assert(kOutboxLane >= kMaxRanks);
+
+class FarSender {
+  public:
+    __device__ __forceinline__ FarSender(const DispatchSendParams& p) : p_(p) {}
+
+    __device__ __forceinline__ PutParts parts() const {
+        const Comm& comm = p_.comm;
+        const Nodes& nodes = comm.state->nodes;
+        const uint64_t records = kForwards ? nodes.inbox : comm.dispatch_records;
+        const uint64_t flags = kForwards ? nodes.inbox_flags : comm.dispatch_flags;
+        const bool replays = p_.index_words == 0;
+        return {region<uint8_t>(comm, comm.rank, nodes.dispatch_outbox),
+                region<uint8_t>(comm, comm.rank, records), region<uint32_t>(comm, comm.rank, flags),
+                kForwards ? align_up(kForwardedBytes) : kSlotBytes,
+                static_cast<uint32_t>(replays     ? kRecordBytes
+                                      : kForwards ? kForwardedBytes
+                                                  : kSlotsOffset)};
+    }
+
+    // Notes where a token's record is put, and returns this lane's place in the outbox to copy it to, or
+    // null. The lane has `slot` at `rank`, -1 for none. Puts nothing unless the call has begun everywhere.
+    __device__ __forceinline__ uint8_t* will_put(Sender& sender, const PutParts& parts, int token, int rank,
+                                                 int slot, bool began) const {
+        const Comm& comm = p_.comm;
+        const int lane = threadIdx.x % 32;
+        Put put = {-1, 0};
+        uint8_t* copy = const_cast<uint8_t*>(parts.outbox) + static_cast<int64_t>(token) * parts.slot_bytes;
+        if constexpr (kForwards) {
+            const int width = comm.num_ranks + kForwardNodes;
+            const int32_t* node_slots = p_.send_slot + static_cast<int64_t>(token) * width + comm.num_ranks;
+            if (lane < kNodes && began && node_slots[lane] >= 0) {
+                put = {counterpart(comm, lane), node_of(comm.rank) * comm.max_tokens + node_slots[lane]};
+            }
+            if (lane < comm.num_ranks && began && p_.index_words != 0)
+                reinterpret_cast<int32_t*>(copy + kSlotsOffset)[rank] = slot;
+        } else if (slot >= 0 && began && !same_node(comm, rank)) {
+            put = {rank, static_cast<int32_t>(slot_index(comm, comm.rank, slot))};
+        }
+        const bool any = __any_sync(kAllLanes, put.rank >= 0);
+        sender.will_put(put, token);
+        return any && lane == kOutboxLane ? copy : nullptr;
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t align_up(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
+
+    const DispatchSendParams& p_;
+};
+#endif
+
+// A warp that sends every kSenders-th of the block's records, once per destination rank, or rank or node that
+// it is put to.
 __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32_t epoch, Outbox& outbox,
                                              uint8_t* shared) {
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
-    Sender sender(outbox, shared, epoch);
+#if QCOMM_NVSHMEM
+    const FarSender far(p);
+    const PutParts parts = far.parts();
+#else
+    const PutParts parts = {};
+#endif
+    Sender sender(outbox, shared, epoch, parts);
     // A lane's rank changes with the block and the token: were it the same for all, all ranks would send to
     // one at a time, over its links alone.
     const auto rank_of = [&](int token) { return (lane + token + token / gridDim.x) % comm.num_ranks; };
     const auto slot_of = [&](int token) {
         return lane < comm.num_ranks && token < p.num_tokens
-                   ? p.send_slot[static_cast<int64_t>(token) * comm.num_ranks + rank_of(token)]
+                   ? p.send_slot[static_cast<int64_t>(token) * (comm.num_ranks + kForwardNodes) +
+                                 rank_of(token)]
                    : -1;
     };
     const int first = blockIdx.x + gridDim.x * sender.number(), step = gridDim.x * kSenders;
@@ -140,7 +205,7 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
     if (first < p.num_tokens) metadata.read(first);
     bool came = true;
     if (p.index_words != 0 && lane < comm.num_ranks) {
-        const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + lane;
+        const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
         came = wait_flag(comm, flag, epoch, lane, kPhaseRoute);
     }
     came = __all_sync(kAllLanes, came);
@@ -156,11 +221,15 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
         next_slot = slot_of(token + step);
         uint8_t* destination = nullptr;
         uint32_t* flag = nullptr;
-        if (slot >= 0 && came) {
+        if (slot >= 0 && came && same_node(comm, rank)) {
             const int64_t index = slot_index(comm, comm.rank, slot);
             destination = region<uint8_t>(comm, rank, comm.dispatch_records) + index * kSlotBytes;
-            flag = region<uint32_t>(comm, rank, comm.dispatch_flags) + index;
+            flag = flag_at(comm, rank, comm.dispatch_flags, index);
         }
+#if QCOMM_NVSHMEM
+        uint8_t* const copy = far.will_put(sender, parts, token, rank, slot, came);
+        if (copy != nullptr) destination = copy;
+#endif
         sender.send(destination, flag, p.index_words != 0 ? kRecordBytes + kMetadataBytes : kRecordBytes);
     }
     sender.finish();

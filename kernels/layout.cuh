@@ -6,6 +6,13 @@
 
 constexpr int kMaxRanks = QCOMM_MAX_RANKS;
 constexpr int kNoBadToken = 0x7fffffff;
+constexpr int kNodes = QCOMM_NODES;  // 0 where this GPU reaches every rank by NVLink
+constexpr int kRanksPerNode = QCOMM_RANKS_PER_NODE;
+// Whether tokens for another node go to one rank there, which forwards them, or to each rank by itself.
+constexpr bool kForwards = QCOMM_FORWARDS;
+constexpr int kForwardNodes = kForwards ? kNodes : 0;
+// Between nodes a flag is raised by NVSHMEM, whose signals have 64 bits; the low ones are the flag.
+constexpr int kFlagWords = kNodes > 0 ? 2 : 1;
 
 enum WireKind { kBf16 = QCOMM_BF16, kFp8 = QCOMM_FP8, kMxfp4 = QCOMM_MXFP4 };
 
@@ -24,6 +31,18 @@ struct HostReports {
     Report notice;
 };
 
+// Parts of symmetric memory that there are only with several nodes; offsets as in Comm. An outbox is where
+// this rank's puts are copied from.
+struct Nodes {
+    uint64_t counts_outbox;    // [2][num_ranks] rows as in counts
+    uint64_t dispatch_outbox;  // [max_tokens] records
+    uint64_t combine_outbox;   // forwarding: [kNodes][max_tokens] records, else [num_ranks][max_tokens]
+    uint64_t inbox_flags;      // flags [kNodes][max_tokens]
+    uint64_t inbox;  // [kNodes][max_tokens] records from the counterpart in each node, to be forwarded
+    uint64_t node_sum_flags;  // flags [kNodes][max_tokens]
+    uint64_t node_sums;       // [kNodes][max_tokens] records: each node's sums for this rank's tokens
+};
+
 // This rank's device memory, not symmetric. `epoch` counts calls and is the value of every flag of a call.
 struct State {
     uint32_t epoch;
@@ -31,9 +50,11 @@ struct State {
     int32_t bad_token;
     uint32_t blocks_done;
     uint64_t waited_ns[kMaxRanks];  // since the buffer was made or reset, for each peer to begin its calls
+    Nodes nodes;
 };
 
-// Symmetric memory of every rank, and this rank's place. Offsets are in bytes from peer[r].
+// Symmetric memory of every rank, and this rank's place. Offsets are in bytes from peer[r], which is null for
+// ranks of other nodes. A flag is uint32 [kFlagWords], of which the first counts.
 struct Comm {
     uint8_t* peer[kMaxRanks];
     State* state;
@@ -41,11 +62,12 @@ struct Comm {
     uint32_t* chunk_flags;   // [kMaxChunks], this rank's own
     uint32_t* chunk_counts;  // [kMaxChunks][num_experts + num_ranks], this rank's own
     uint64_t deadline_ns;
-    uint64_t barrier_flags;  // uint32 [num_ranks]
-    uint64_t route_flags;    // uint32 [num_ranks]
-    uint64_t counts;  // int32 [2][num_ranks][2 + num_local_experts]: bad token + 1, records, per expert
-    uint64_t dispatch_flags;    // uint32 [num_ranks][max_tokens]
-    uint64_t combine_flags;     // uint32 [num_ranks][max_tokens]
+    uint64_t barrier_flags;  // flags [num_ranks]
+    uint64_t route_flags;    // flags [num_ranks]
+    // int32 [2][num_ranks][counts_width]: bad token + 1, records, per expert; to this node, if it forwards
+    uint64_t counts;
+    uint64_t dispatch_flags;    // flags [num_ranks][max_tokens]
+    uint64_t combine_flags;     // flags [num_ranks][max_tokens]
     uint64_t dispatch_records;  // [num_ranks][max_tokens] records, each with its metadata
     uint64_t combine_records;   // [num_ranks][max_tokens] records
     int32_t rank;
@@ -61,6 +83,9 @@ static_assert(sizeof(Comm) == QCOMM_SIZEOF_COMM, "qcomm/transport/nvlink.py hold
 // Region [source][slot] of a rank's symmetric memory.
 template <typename T>
 __device__ __forceinline__ T* region(const Comm& comm, int rank, uint64_t offset) {
+#if QCOMM_DEBUG
+    if (kNodes > 0 && rank / kRanksPerNode != comm.rank / kRanksPerNode) __trap();
+#endif
     return reinterpret_cast<T*>(comm.peer[rank] + offset);
 }
 
@@ -68,8 +93,19 @@ __device__ __forceinline__ int64_t slot_index(const Comm& comm, int source, int 
     return static_cast<int64_t>(source) * comm.max_tokens + slot;
 }
 
+// Flag number `index` of those at `offset` of a rank's symmetric memory.
+template <typename Number>
+__device__ __forceinline__ uint32_t* flag_at(const Comm& comm, int rank, uint64_t offset, Number index) {
+    return region<uint32_t>(comm, rank, offset) + index * kFlagWords;
+}
+
+// Words of what one rank tells another: see counts.
+__device__ __forceinline__ int counts_width(const Comm& comm) {
+    return 2 + comm.num_local_experts + (kForwards ? 1 : 0);
+}
+
 __device__ __forceinline__ int32_t* counts_of(const Comm& comm, int rank, uint32_t epoch, int source) {
-    const int width = 2 + comm.num_local_experts;
+    const int width = counts_width(comm);
     const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks + source;
     return region<int32_t>(comm, rank, comm.counts) + index * width;
 }

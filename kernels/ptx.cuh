@@ -1,12 +1,16 @@
 // Inline PTX, the only place that has any. Needs sm_90.
 #pragma once
 
+#if QCOMM_NVSHMEM
+#include "nvshmem_device.cuh"  // brings the names of integers too
+#else
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using int32_t = int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
+#endif
 
 __device__ __forceinline__ void unpack(const uint4& v, uint32_t* words) {
     words[0] = v.x;
@@ -116,6 +120,11 @@ __device__ __forceinline__ void barrier_sync(int id) {
 // Makes this thread's shared-memory writes visible to bulk copies.
 __device__ __forceinline__ void fence_proxy_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Shows bulk copies what this thread sees of global memory: others' writes of which a flag told it.
+__device__ __forceinline__ void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // Copies num_bytes (a multiple of 16) from shared to global memory, of this GPU or a peer; both 16-byte

@@ -120,7 +120,8 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
         const auto look = [&] {
             return __ballot_sync(
                 kAllLanes,
-                my_record >= 0 && static_cast<int32_t>(load_acquire_sys(flags + my_index) - epoch) >= 0);
+                my_record >= 0 &&
+                    static_cast<int32_t>(load_acquire_sys(flags + my_index * kFlagWords) - epoch) >= 0);
         };
         const auto metadata = [&](int k) {
             const int index = __shfl_sync(kAllLanes, my_index, k);
@@ -138,7 +139,8 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
         for (; left != 0; left &= left - 1, ++n) {
             const int k = __ffs(left) - 1, following = __ffs(left & (left - 1)) - 1;
             if ((there >> k & 1) == 0) {
-                if (lane == k) wait_flag(comm, flags + my_index, epoch, mine % num_ranks, kPhaseDispatch);
+                if (lane == k)
+                    wait_flag(comm, flags + my_index * kFlagWords, epoch, mine % num_ranks, kPhaseDispatch);
                 __syncwarp();
                 there = look() | 1u << k;
             }

@@ -4,7 +4,7 @@
 struct RouteParams {
     Comm comm;
     const Index* topk_idx;  // [num_tokens, kNumTopk]
-    int32_t* send_slot;     // out [num_tokens, num_ranks]
+    int32_t* send_slot;     // out [num_tokens, num_ranks + kForwardNodes]
     int32_t* ordinals;      // out [num_tokens, kNumTopk]: earlier tokens of this rank to the same expert
     int32_t num_tokens;
     int32_t chunk;  // tokens a block numbers, a multiple of 32
@@ -22,15 +22,15 @@ __host__ __device__ constexpr int whole_loads(int num_keys) {
 // in token order, and writes this rank's counts to the peers. Counts the call in state->epoch.
 //
 // Grid ceil(num_tokens / chunk), at least 1 and at most QCOMM_MAX_CHUNKS; any block of whole warps. Dynamic
-// shared memory, for num_keys = num_experts + num_ranks rounded up to 4: num_keys * (1 + chunk / 32) words:
-// how many earlier tokens go to each expert and rank, then for each a bitmap of the chunk's tokens. A block
+// shared memory, for num_keys = number_of_keys rounded up to 4: num_keys * (1 + chunk / 32) words:
+// how many earlier tokens go to each, then for each a bitmap of the chunk's tokens. A block
 // publishes its chunk's counts and adds up those of the chunks before it; blocks start in order, so it waits
 // only for blocks that run. The last block, which thereby knows the totals, raises this rank's route flag in
 // every peer.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_constant__ RouteParams p) {
     extern __shared__ __align__(16) uint32_t shared[];
     const Comm& comm = p.comm;
-    const int num_keys = whole_loads(comm.num_experts + comm.num_ranks);
+    const int num_keys = whole_loads(number_of_keys(comm));
     const int words = p.chunk / 32;
     uint32_t* before = shared;
     const int begin = blockIdx.x * p.chunk;
@@ -91,11 +91,12 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
         const int n = map.number(key, token);
         return n < 0 ? -1 : n + static_cast<int>(before[key]);
     };
-    const int num_slots = (end - begin) * comm.num_ranks, num_entries = (end - begin) * kNumTopk;
+    const int width = comm.num_ranks + kForwardNodes;
+    const int num_slots = (end - begin) * width, num_entries = (end - begin) * kNumTopk;
     for (int i = threadIdx.x; i < num_slots + num_entries; i += blockDim.x) {
         if (i < num_slots) {
-            const int64_t slot = static_cast<int64_t>(begin) * comm.num_ranks + i;
-            p.send_slot[slot] = number(comm.num_experts + i % comm.num_ranks, begin + i / comm.num_ranks);
+            const int64_t slot = static_cast<int64_t>(begin) * width + i;
+            p.send_slot[slot] = number(comm.num_experts + i % width, begin + i / width);
         } else {
             const int entry = i - num_slots;
             const int64_t index = static_cast<int64_t>(begin) * kNumTopk + entry;

@@ -27,10 +27,15 @@ __device__ __forceinline__ bool is_bad(const Comm& comm, const Index* experts) {
     return bad;
 }
 
-// For every expert and rank, a bitmap of the tokens [begin, end) that go there.
+// What tokens are numbered within: every expert, every rank, and every other node where one rank forwards.
+__device__ __forceinline__ int number_of_keys(const Comm& comm) {
+    return comm.num_experts + comm.num_ranks + kForwardNodes;
+}
+
+// For every key a bitmap of the tokens [begin, end) that go there.
 struct RouteMap {
     const Comm& comm;
-    uint32_t* bits;  // [num_experts + num_ranks][words]
+    uint32_t* bits;  // [number_of_keys][words]
     int words;
     int begin;
 
@@ -52,6 +57,13 @@ struct RouteMap {
                 if (expert < 0) continue;
                 atomicOr(bits + expert * words + word, bit);
                 ranks |= 1u << (expert / comm.num_local_experts);
+            }
+            if constexpr (kForwards) {
+                for (uint32_t left = ranks; left != 0; left &= left - 1) {
+                    const int rank = __ffs(left) - 1;
+                    if (same_node(comm, rank)) continue;
+                    atomicOr(bits + (comm.num_experts + comm.num_ranks + node_of(rank)) * words + word, bit);
+                }
             }
             for (; ranks != 0; ranks &= ranks - 1)
                 atomicOr(bits + (comm.num_experts + __ffs(ranks) - 1) * words + word, bit);
@@ -78,21 +90,41 @@ struct RouteMap {
     }
 };
 
-// Writes this rank's totals to the peers, total(key) for each expert and rank, and raises its route flag
-// there. Call from all threads of one block, after what total needs is there.
+// Where this rank's counts for another are written: there, or where they are put from.
+__device__ __forceinline__ int32_t* counts_for(const Comm& comm, int rank, uint32_t epoch) {
+    if (same_node(comm, rank)) return counts_of(comm, rank, epoch, comm.rank);
+    const int64_t row = static_cast<int64_t>(epoch & 1) * comm.num_ranks + rank;
+    return region<int32_t>(comm, comm.rank, comm.state->nodes.counts_outbox) + row * counts_width(comm);
+}
+
+// Writes this rank's totals to the peers, total(key) for each key, and raises its route flag there. Call from
+// all threads of one block, after what total needs is there.
 template <typename Total>
 __device__ __forceinline__ void publish_counts(const Comm& comm, uint32_t epoch, int bad_token,
                                                const Total& total) {
     for (int key = threadIdx.x; key < comm.num_experts + comm.num_ranks; key += blockDim.x) {
         const int rank = key < comm.num_experts ? key / comm.num_local_experts : key - comm.num_experts;
         const int word = key < comm.num_experts ? 2 + key % comm.num_local_experts : 1;
-        counts_of(comm, rank, epoch, comm.rank)[word] = total(key);
+        counts_for(comm, rank, epoch)[word] = total(key);
     }
     if (threadIdx.x < comm.num_ranks) {
-        counts_of(comm, threadIdx.x, epoch, comm.rank)[0] = bad_token == kNoBadToken ? 0 : bad_token + 1;
+        int32_t* counts = counts_for(comm, threadIdx.x, epoch);
+        counts[0] = bad_token == kNoBadToken ? 0 : bad_token + 1;
+        if constexpr (kForwards) {
+            const int key = comm.num_experts + comm.num_ranks + node_of(threadIdx.x);
+            counts[2 + comm.num_local_experts] = total(key);
+        }
     }
+    if constexpr (kNodes > 0) fence_sys();
     __syncthreads();
-    if (threadIdx.x < comm.num_ranks) {
-        store_release_sys(region<uint32_t>(comm, threadIdx.x, comm.route_flags) + comm.rank, epoch);
+    if (threadIdx.x < comm.num_ranks && same_node(comm, threadIdx.x)) {
+        store_release_sys(flag_at(comm, threadIdx.x, comm.route_flags, comm.rank), epoch);
+    }
+    if constexpr (kNodes > 0) {
+        for (int rank = threadIdx.x / 32; rank < comm.num_ranks; rank += blockDim.x / 32) {
+            if (same_node(comm, rank)) continue;
+            put(counts_of(comm, comm.rank, epoch, comm.rank), counts_for(comm, rank, epoch),
+                4 * counts_width(comm), flag_at(comm, comm.rank, comm.route_flags, comm.rank), epoch, rank);
+        }
     }
 }

@@ -2,6 +2,7 @@
 // nothing else send them, so that nobody else waits for a copy to complete.
 #pragma once
 
+#include "nodes.cuh"
 #include "signals.cuh"
 #include "team.cuh"
 
@@ -9,9 +10,33 @@ constexpr int kWorkers = kTeams * kTeamWarps;
 constexpr int kSenders = QCOMM_SENDERS;
 static_assert(kSlotBytes >= kRecordBytes + kMetadataBytes, "qcomm/records.py computes the same");
 
+// Where a sender's puts go: from the outbox to the same part of another rank's symmetric memory as that of
+// this rank here. Of one record to the next it is slot_bytes.
+struct PutParts {
+    const uint8_t* outbox;
+    uint8_t* records;
+    uint32_t* flags;
+    uint32_t slot_bytes;
+    uint32_t num_bytes;
+};
+
+// The place that a record is put to, by number; rank -1 for none.
+struct Put {
+    int32_t rank;
+    int32_t index;
+};
+
+// The puts of a sender's records whose copies to the outbox are under way, in shared memory.
+struct PutBoard {
+#if QCOMM_NVSHMEM
+    Put puts[kSenders][QCOMM_IN_FLIGHT][kMaxRanks];
+    int32_t outbox_slots[kSenders][QCOMM_IN_FLIGHT];
+#endif
+};
+
 // What the roles of a block share, in shared memory, besides the stages. Record number n of the block takes
 // stage n % kStages and is made by team n % kTeams.
-struct Outbox {
+struct Outbox : PutBoard {
     // Records of a sending warp whose copies are under way. Few are enough for the links, and the more there
     // are, the later the receiver hears of each. Flags are raised by so many behind one fence.
     static constexpr uint32_t kInFlight = QCOMM_IN_FLIGHT, kEvery = QCOMM_FLAGS_TOGETHER;
@@ -41,8 +66,9 @@ __device__ __forceinline__ uint8_t* stage_of(uint8_t* shared, uint32_t n) {
 // one destination of each record.
 class Sender {
   public:
-    __device__ __forceinline__ Sender(Outbox& outbox, uint8_t* shared, uint32_t epoch)
-        : outbox_(outbox), shared_(shared), epoch_(epoch) {}
+    __device__ __forceinline__ Sender(Outbox& outbox, uint8_t* shared, uint32_t epoch,
+                                      const PutParts& parts = {})
+        : outbox_(outbox), shared_(shared), epoch_(epoch), parts_(parts) {}
 
     // 0 to kSenders - 1.
     __device__ __forceinline__ int number() const { return number_; }
@@ -52,6 +78,16 @@ class Sender {
         outbox_.written.wait(record());
         return stage_of(shared_, record());
     }
+
+#if QCOMM_NVSHMEM
+    // Notes where the record is put to once its copy is in a slot of the outbox, to which the next send
+    // copies it.
+    __device__ __forceinline__ void will_put(const Put& put, int outbox_slot) {
+        const uint32_t entry = sent_ % Outbox::kInFlight;
+        if (lane_ < kMaxRanks) outbox_.puts[number_][entry][lane_] = put;
+        if (lane_ == 0) outbox_.outbox_slots[number_][entry] = outbox_slot;
+    }
+#endif
 
     // Sends it; null for no destination.
     __device__ __forceinline__ void send(uint8_t* destination, uint32_t* flag, uint32_t num_bytes) {
@@ -83,18 +119,44 @@ class Sender {
         if (static_cast<int32_t>(sent_ - kLeft - raised_) <= 0) return;
         bulk_wait<kLeft>();
         fence_sys();
+#if QCOMM_NVSHMEM
+        const uint32_t first = raised_;
+#endif
         for (; static_cast<int32_t>(sent_ - kLeft - raised_) > 0; ++raised_) {
             if (lane_ >= kMaxRanks) continue;
             uint32_t* flag = flag_of(raised_);
             if (flag != nullptr) store_relaxed_sys(flag, epoch_);
         }
+#if QCOMM_NVSHMEM
+        if (parts_.outbox == nullptr) return;
+        __syncwarp();  // all lanes read what one has copied to the outbox
+        for (uint32_t sent = first; sent != raised_; ++sent)
+            put_record(sent);
+#endif
     }
+
+#if QCOMM_NVSHMEM
+    // A lane's put of each record is all lanes' work, one after the other.
+    __device__ __forceinline__ void put_record(uint32_t sent) {
+        const uint32_t entry = sent % Outbox::kInFlight;
+        const Put mine = lane_ < kMaxRanks ? outbox_.puts[number_][entry][lane_] : Put{-1, 0};
+        const int64_t slot = outbox_.outbox_slots[number_][entry];
+        for (uint32_t left = __ballot_sync(kAllLanes, mine.rank >= 0); left != 0; left &= left - 1) {
+            const int k = __ffs(left) - 1;
+            const int64_t index = __shfl_sync(kAllLanes, mine.index, k);
+            put(parts_.records + index * parts_.slot_bytes, parts_.outbox + slot * parts_.slot_bytes,
+                parts_.num_bytes, parts_.flags + index * kFlagWords, epoch_,
+                __shfl_sync(kAllLanes, mine.rank, k));
+        }
+    }
+#endif
 
     Outbox& outbox_;
     uint8_t* shared_;
     uint32_t epoch_;
     uint32_t sent_ = 0;
     uint32_t raised_ = 0;
+    const PutParts parts_;
     const int lane_ = threadIdx.x % 32;
     const int number_ = kSenders - (blockDim.x - threadIdx.x + 31) / 32;
 };

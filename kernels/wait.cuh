@@ -3,7 +3,7 @@
 // host raises.
 #pragma once
 
-#include "layout.cuh"
+#include "nodes.cuh"
 
 enum Phase {
     kPhaseBarrier = QCOMM_PHASE_BARRIER,
@@ -73,7 +73,5 @@ __device__ __forceinline__ void end_call(const Comm& comm, uint32_t epoch) {
 
 // Tells the peers that this rank has begun a call. Call from one block.
 __device__ __forceinline__ void announce(const Comm& comm, uint32_t epoch) {
-    if (threadIdx.x < comm.num_ranks) {
-        store_release_sys(region<uint32_t>(comm, threadIdx.x, comm.barrier_flags) + comm.rank, epoch);
-    }
+    if (threadIdx.x < comm.num_ranks) raise(comm, threadIdx.x, comm.barrier_flags, epoch);
 }

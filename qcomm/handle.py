@@ -86,6 +86,10 @@ class DispatchHandle:
         group_offsets: `[num_local_experts + 1]` int32: first row of each expert, and the end of the last; None
             in the "token_major" layout.
         send_counts, recv_counts: records per peer on the host, each None where the host does not know it.
+        forward_counts: `[num_nodes]` int32: tokens of each other node that this rank forwarded in its own; None where
+            ranks do not forward.
+        forward_slots: `[num_nodes, num_max_tokens_per_rank, 1 + ranks_per_node]` int32: their source tokens, and
+            their record numbers at the ranks here, -1 where they did not go.
     """
 
     owner: Owner
@@ -110,6 +114,8 @@ class DispatchHandle:
     group_offsets: torch.Tensor | None
     send_counts: tuple[int, ...] | None
     recv_counts: tuple[int, ...] | None
+    forward_counts: torch.Tensor | None = None
+    forward_slots: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

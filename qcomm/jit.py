@@ -16,12 +16,12 @@ import pathlib
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 
-from qcomm import resources
+from qcomm import nvshmem_build, resources
 from qcomm.errors import QcommUnsupportedError
 
 CACHE_VARIABLE = "QCOMM_CACHE_DIR"
@@ -48,6 +48,15 @@ class KernelSpec:
     def of(cls, file: str, name: str, **constants: int) -> KernelSpec:
         """Build a spec from keyword constants."""
         return cls(file, name, tuple(sorted((key.upper(), int(value)) for key, value in constants.items())))
+
+    def with_constants(self, constants: Mapping[str, int]) -> KernelSpec:
+        """Return the spec with some of its constants changed."""
+        return KernelSpec.of(self.file, self.name, **{k.lower(): v for k, v in self.constants} | dict(constants))
+
+    @property
+    def uses_nvshmem(self) -> bool:
+        """Whether the kernel calls NVSHMEM's device functions."""
+        return bool(dict(self.constants).get("NVSHMEM"))
 
 
 def kernels_dir() -> pathlib.Path:
@@ -115,7 +124,7 @@ def cubin_path(spec: KernelSpec, arch: str) -> pathlib.Path:
 
     Safe among processes: a cubin is written whole under another name, then renamed.
     """
-    key = repr((spec, arch, _sources_digest(), _nvrtc_version()))
+    key = repr((spec, arch, _sources_digest(), _nvrtc_version(), _nvshmem_build(spec)))
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = cache_dir() / f"{spec.name}-{arch}-{digest}.cubin"
     if not path.exists():
@@ -163,10 +172,19 @@ class Kernel:
 
 
 class KernelLoader:
-    """Loads kernels for one device and remembers them; `waits` as in `Kernel`, for all of them."""
+    """Loads kernels for one device and remembers them; `waits` as in `Kernel`, for all of them.
 
-    def __init__(self, device: torch.device, *, waits: bool) -> None:
-        self._waits = waits
+    `specialise` changes every spec first.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        waits: bool,
+        specialise: Callable[[KernelSpec], KernelSpec] = lambda spec: spec,
+    ) -> None:
+        self._waits, self._specialise = waits, specialise
         self._arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         self._kernels: dict[tuple[Hashable, ...], Kernel] = {}
 
@@ -177,8 +195,10 @@ class KernelLoader:
         if kernel is None:
             import cupy
 
-            spec = make_spec(*args)
+            spec = self._specialise(make_spec(*args))
             module = cupy.RawModule(path=str(cubin_path(spec, self._arch)))
+            if spec.uses_nvshmem:
+                nvshmem_build.begin_module(module.module.ptr)
             kernel = self._kernels[key] = Kernel(module.get_function(spec.name), self._waits)
         return kernel
 
@@ -192,6 +212,10 @@ def _nvrtc_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def _nvshmem_build(spec: KernelSpec) -> object:
+    return nvshmem_build.find() if spec.uses_nvshmem else None
+
+
 def _sources_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(kernels_dir().glob("*.cu*")):
@@ -202,18 +226,26 @@ def _sources_digest() -> str:
 
 def _compile(spec: KernelSpec, arch: str, log: io.StringIO | None) -> bytes:
     """Compile a spec; with a log, ptxas writes there what each kernel takes."""
+    source = kernels_dir() / f"{spec.file}.cu"
+    macros = [(f"QCOMM_{name}", str(value)) for name, value in spec.constants]
+    include = [str(kernels_dir())]
+    if spec.uses_nvshmem:
+        build = nvshmem_build.find()
+        if build.nvcc is not None and log is None:
+            return nvshmem_build.compile_linked(build, source, arch, macros, include)
+        include += build.include
     try:
         with _IMPORTS:
             from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise QcommUnsupportedError(f"compiling kernels needs cuda-core: {error}", phase="jit") from error
-    source = kernels_dir() / f"{spec.file}.cu"
     options = ProgramOptions(
         name=source.name,
         arch=arch,
         std="c++17",
-        include_path=[str(kernels_dir())],
-        define_macro=[(f"QCOMM_{name}", str(value)) for name, value in spec.constants],
+        include_path=include,
+        define_macro=macros,
+        device_as_default_execution_space=True if spec.uses_nvshmem else None,
         ptxas_options=None if log is None else ["-v"],
         no_cache=log is not None,  # what NVRTC takes from its own cache comes without a log
     )

@@ -41,7 +41,7 @@ class RecordLayout:
         """Bytes of the whole record."""
         return align(self.data_bytes + self.sf_bytes, RECORD_ALIGNMENT)
 
-    def slot_bytes(self, behind: MetadataLayout | ValuesLayout | None = None) -> int:
+    def slot_bytes(self, behind: MetadataLayout | PutLayout | ValuesLayout | None = None) -> int:
         """Return the bytes of its place in symmetric memory, with what may follow it there."""
         return align(self.num_bytes + (behind.num_bytes if behind else 0), SLOT_ALIGNMENT)
 
@@ -83,6 +83,19 @@ class MetadataLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class PutLayout:
+    """What is behind a record that another rank forwards: metadata, then an int32 slot at every rank, -1 for none."""
+
+    num_topk: int
+    num_ranks: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all, padded to 16."""
+        return MetadataLayout(self.num_topk).num_bytes + align(4 * self.num_ranks, RECORD_ALIGNMENT)
+
+
+@dataclasses.dataclass(frozen=True)
 class ValuesLayout:
     """The float32 numbers, one per top-k entry, that may come back behind a record of combine."""
 
@@ -100,13 +113,30 @@ def align(value: int, multiple: int) -> int:
 
 
 SYMMETRIC_ALIGNMENT = 256
+NODES_FLAG_BYTES = 8
+"""A flag where there are several nodes: NVSHMEM's signals have 64 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NodesLayout:
+    """What several nodes add to symmetric memory: outboxes that puts are copied from, and what is forwarded.
+
+    Attributes:
+        num_nodes: nodes.
+        forwards: whether a token goes to one rank of a node, which forwards it; else to each of its ranks.
+        put_slot_bytes: of a dispatched record as it is put, `PutLayout` behind it where it is forwarded.
+    """
+
+    num_nodes: int
+    forwards: bool
+    put_slot_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class SymmetricLayout:
     """Offsets of the parts of a rank's symmetric memory; the same on every rank.
 
-    Every part is indexed by source rank, so that no two ranks write one place. Counts exist twice, for even and odd
+    Every part is indexed by source rank or node, so that no two ranks write one place. Counts exist twice, for even and odd
     calls, because a rank may write the next call's while a peer still reads this one's.
     """
 
@@ -115,19 +145,35 @@ class SymmetricLayout:
     max_tokens: int
     dispatch_slot_bytes: int
     combine_slot_bytes: int
+    nodes: NodesLayout | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each part, in order."""
-        slots = self.num_ranks * self.max_tokens
-        return {
-            "barrier_flags": 4 * self.num_ranks,
-            "route_flags": 4 * self.num_ranks,
-            "counts": 2 * 4 * self.num_ranks * (2 + self.num_local_experts),
-            "dispatch_flags": 4 * slots,
-            "combine_flags": 4 * slots,
+        slots, nodes = self.num_ranks * self.max_tokens, self.nodes
+        flag_bytes = 4 if nodes is None else NODES_FLAG_BYTES
+        forwards = nodes is not None and nodes.forwards
+        counts = 2 * 4 * self.num_ranks * (2 + self.num_local_experts + int(forwards))
+        parts = {
+            "barrier_flags": flag_bytes * self.num_ranks,
+            "route_flags": flag_bytes * self.num_ranks,
+            "counts": counts,
+            "dispatch_flags": flag_bytes * slots,
+            "combine_flags": flag_bytes * slots,
             "dispatch_records": slots * self.dispatch_slot_bytes,
             "combine_records": slots * self.combine_slot_bytes,
+        }
+        if nodes is None:
+            return parts
+        across = nodes.num_nodes * self.max_tokens if nodes.forwards else 0
+        return parts | {
+            "counts_outbox": counts,
+            "dispatch_outbox": self.max_tokens * nodes.put_slot_bytes,
+            "combine_outbox": (across if nodes.forwards else slots) * self.combine_slot_bytes,
+            "inbox_flags": flag_bytes * across,
+            "inbox": across * nodes.put_slot_bytes,
+            "node_sum_flags": flag_bytes * across,
+            "node_sums": across * self.combine_slot_bytes,
         }
 
     @property

@@ -165,7 +165,7 @@ def _launch_sender(
     sharing = _send_teams(wire, hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
-    kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
+    kernel.launch(launcher.send_blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
 
 
 def _send_params(

@@ -21,6 +21,8 @@ MAX_HIDDEN = 40960
 _WARP_ELEMENTS = 512
 _MAX_TEAMS = 15
 """Named barriers of a block, less the one of the whole block."""
+ONE_NODE = {"nodes": 0, "ranks_per_node": 0, "forwards": 0, "nvshmem": 0, "debug": 0}
+"""Constants of a kernel whose ranks all reach each other by NVLink; see kernels/layout.cuh and nodes.cuh."""
 PHASES = ("barrier", "route", "dispatch", "combine")
 TIMEOUT, OVERFLOW, BAD_ROUTE = 1, 2, 3
 
@@ -44,6 +46,20 @@ class HostReports(ctypes.Structure):
     _fields_ = (("timeout", Report), ("notice", Report))
 
 
+class Nodes(ctypes.Structure):
+    """See `Nodes` in kernels/layout.cuh."""
+
+    _fields_ = (
+        ("counts_outbox", ctypes.c_uint64),
+        ("dispatch_outbox", ctypes.c_uint64),
+        ("combine_outbox", ctypes.c_uint64),
+        ("inbox_flags", ctypes.c_uint64),
+        ("inbox", ctypes.c_uint64),
+        ("node_sum_flags", ctypes.c_uint64),
+        ("node_sums", ctypes.c_uint64),
+    )
+
+
 class State(ctypes.Structure):
     """See `State` in kernels/layout.cuh."""
 
@@ -53,6 +69,7 @@ class State(ctypes.Structure):
         ("bad_token", ctypes.c_int32),
         ("blocks_done", ctypes.c_uint32),
         ("waited_ns", ctypes.c_uint64 * MAX_RANKS),
+        ("nodes", Nodes),
     )
 
 
@@ -104,13 +121,18 @@ class BarrierParams(ctypes.Structure):
     _fields_ = (("comm", Comm), ("overflows", ctypes.c_uint64))
 
 
+_FORWARD_SHARE = 4
+"""A quarter of the blocks that send instead forward what other nodes' ranks sent."""
+
+
 class Launcher(NamedTuple):
-    """What every launcher needs; `num_sms` is what the device has."""
+    """What every launcher needs; `num_sms` is what the device has, `forwards` whether sends leave room to forward."""
 
     kernels: KernelLoader
     comm: Comm
     num_sms: int
     tunings: Tunings
+    forwards: bool = False
 
     def tuning(self, op: Op, wire: WireFormat) -> Tuning:
         """Return how the kernels of an operation are set."""
@@ -121,6 +143,16 @@ class Launcher(NamedTuple):
         return min(self.tuning(op, wire).num_sms or self.num_sms, self.num_sms)
 
 
+    def forward_blocks(self, op: Op, wire: WireFormat) -> int:
+        """Return the blocks of a kernel that forwards; with those that send, one an SM."""
+        return max(1, self.blocks(op, wire) // _FORWARD_SHARE)
+
+    def send_blocks(self, op: Op, wire: WireFormat) -> int:
+        """Return the blocks of a kernel that sends."""
+        blocks = self.blocks(op, wire)
+        return max(1, blocks - self.forward_blocks(op, wire)) if self.forwards else blocks
+
+
 def spec(file: str, name: str, **constants: int) -> KernelSpec:
     """Build the spec of a kernel with the constants that every file sees."""
     common = {
@@ -129,6 +161,7 @@ def spec(file: str, name: str, **constants: int) -> KernelSpec:
         "timeout": TIMEOUT,
         "overflow": OVERFLOW,
         "bad_route": BAD_ROUTE,
+        **ONE_NODE,
     }
     common |= {kind: number for number, kind in enumerate(WIRE_KINDS)}
     common |= {layout: number for number, layout in enumerate(RECV_LAYOUTS)}

@@ -242,7 +242,7 @@ def launch_send(
     sharing = _send_teams(wire, hidden, num_topk)
     tuning = launcher.tuning("dispatch", wire)
     kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, num_topk, tuning)
-    kernel.launch(launcher.blocks("dispatch", wire), sharing.threads, sharing.shared_bytes, stream, params)
+    kernel.launch(launcher.send_blocks("dispatch", wire), sharing.threads, sharing.shared_bytes, stream, params)
 
 
 class Receive:

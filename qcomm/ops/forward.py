@@ -1,0 +1,112 @@
+"""Launch the hop between nodes: a rank forwards another node's records within its own, and its node's sums back."""
+
+from __future__ import annotations
+
+import ctypes
+
+from qcomm.exchange import CombineOptions
+from qcomm.formats import WireFormat
+from qcomm.handle import DispatchHandle
+from qcomm.jit import KernelSpec
+from qcomm.ops.comm import Budget, Comm, Launcher, Quantizer, Teams, encoding, spec, wire_constants
+from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
+from qcomm.tuning import Tuning
+
+_BUDGET = Budget(warps=8, team_warps=1, registers=64, shared_bytes=92 * 1024, stages=16)
+_SENDERS = 2
+_SUM_THREADS = 512
+_SUM_REGISTERS = 64
+_ROTATED_SUM_THREADS = 256
+_ROTATED_SUM_REGISTERS = 128
+
+
+class DispatchForwardParams(ctypes.Structure):
+    """See `DispatchForwardParams` in kernels/dispatch_forward.cu."""
+
+    _fields_ = (
+        ("comm", Comm),
+        ("counts", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
+        ("replays", ctypes.c_int32),
+    )
+
+
+class CombineForwardParams(ctypes.Structure):
+    """See `CombineForwardParams` in kernels/combine_forward.cu."""
+
+    _fields_ = (
+        ("comm", Comm),
+        ("counts", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
+        ("quantizer", Quantizer),
+        ("has_values", ctypes.c_int32),
+    )
+
+
+def dispatch_forward_spec(wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
+    """Build the spec of `dispatch_forward`; of the wire only its kind matters."""
+    return spec(
+        "dispatch_forward",
+        "dispatch_forward",
+        num_topk=num_topk,
+        sizeof_dispatch_forward=ctypes.sizeof(DispatchForwardParams),
+        senders=_SENDERS,
+        **tuning.constants,
+        **_teams(wire, hidden, num_topk).constants(_BUDGET),
+        **wire_constants(wire, hidden, MetadataLayout(num_topk)),
+    )
+
+
+def combine_forward_spec(wire: WireFormat, hidden: int, num_topk: int) -> KernelSpec:
+    """Build the spec of `combine_forward`."""
+    return spec(
+        "combine_forward",
+        "combine_forward",
+        num_topk=num_topk,
+        sizeof_combine_forward=ctypes.sizeof(CombineForwardParams),
+        max_registers=_ROTATED_SUM_REGISTERS if wire.hadamard else _SUM_REGISTERS,
+        **wire_constants(wire, hidden, ValuesLayout(num_topk)),
+    )
+
+
+def launch_dispatch_forward(
+    launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int, *, replays: bool
+) -> None:
+    """Forward the records of other nodes' ranks; fills the handle's `forward_counts` and `forward_slots`, or, in a
+    replay, goes by them."""
+    assert handle.forward_counts is not None
+    assert handle.forward_slots is not None
+    plain, num_topk = WireFormat(wire.kind), handle.record_topk_idx.shape[1]
+    tuning, sharing = launcher.tuning("dispatch", wire), _teams(plain, hidden, num_topk)
+    params = DispatchForwardParams(
+        launcher.comm, handle.forward_counts.data_ptr(), handle.forward_slots.data_ptr(), replays
+    )
+    kernel = launcher.kernels.get(dispatch_forward_spec, plain, hidden, num_topk, tuning)
+    grid = launcher.forward_blocks("dispatch", wire)
+    kernel.launch(grid, sharing.threads, sharing.shared_bytes, stream, params)
+
+
+def launch_combine_forward(
+    launcher: Launcher, stream: int, handle: DispatchHandle, options: CombineOptions, hidden: int, *, has_values: bool
+) -> None:
+    """Add up this node's sums for other nodes' tokens and put them back, as they arrive."""
+    assert handle.forward_counts is not None
+    assert handle.forward_slots is not None
+    wire, num_topk = options.wire, handle.record_topk_idx.shape[1]
+    params = CombineForwardParams(
+        launcher.comm,
+        handle.forward_counts.data_ptr(),
+        handle.forward_slots.data_ptr(),
+        Quantizer.of(wire, options.seed, 0),
+        has_values,
+    )
+    kernel = launcher.kernels.get(combine_forward_spec, encoding(wire, "bf16"), hidden, num_topk)
+    threads = _ROTATED_SUM_THREADS if wire.hadamard else _SUM_THREADS
+    kernel.launch(launcher.forward_blocks("combine", wire), threads, 0, stream, params)
+
+
+def _teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
+    """Return the teams of a block of `dispatch_forward`: a warp loads a record, whatever its length."""
+    stage_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
+    stages = max(1, min(_BUDGET.stages, _BUDGET.shared_bytes // stage_bytes))
+    return Teams(1, min(_BUDGET.warps, stages), stages, stage_bytes, chunks=0, helpers=_SENDERS, rings=1)
