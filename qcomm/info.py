@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qcomm import __version__, validate
+from qcomm import __version__, nvshmem_build, validate
 from qcomm.errors import QcommUnsupportedError
 from qcomm.table import format_table
 
@@ -58,6 +58,7 @@ def rows() -> list[Row]:
         ("NVLink", _nvlink),
         ("NVSHMEM host library", _nvshmem_host),
         ("NVSHMEM headers", _nvshmem_headers),
+        ("NVSHMEM kernels", _nvshmem_kernels),
         ("nvshmem4py", _nvshmem4py),
         ("mpi4py", _mpi4py),
         ("MPI library", _mpi_library),
@@ -188,25 +189,19 @@ def _nvshmem_headers() -> Row:
     path = _file_of(package[0], "nvshmem_version.h") if package else None
     if path is None:
         return Row(name, NONE, "no nvshmem_version.h in an nvidia-nvshmem wheel")
-    version = parse_nvshmem_version(path.read_text())
+    version = nvshmem_build.nvshmem_version(path.read_text())
     assert package is not None
     agrees = package[1].split(".")[:3] == version.split(".")
     return Row(name, version, f"{'as' if agrees else 'NOT as'} the host library, {package[1]}; {path}")
 
 
-def parse_nvshmem_version(header: str) -> str:
-    """Read the version out of nvshmem_version.h.
-
-    Raises:
-        ValueError: it isn't there.
-    """
-    parts = []
-    for part in ("MAJOR", "MINOR", "PATCH"):
-        match = re.search(rf"^\s*#\s*define\s+NVSHMEM_VENDOR_{part}_VERSION\s+(\d+)", header, re.MULTILINE)
-        if match is None:
-            raise ValueError(f"header must define NVSHMEM_VENDOR_{part}_VERSION, got none")
-        parts.append(match[1])
-    return ".".join(parts)
+def _nvshmem_kernels() -> Row:
+    name = "NVSHMEM kernels"
+    try:
+        build = nvshmem_build.find()
+    except QcommUnsupportedError as error:
+        return Row(name, NONE, str(error))
+    return Row(name, "nvcc" if build.nvcc else "NVRTC", build.reason)
 
 
 def _nvshmem4py() -> Row:
@@ -288,12 +283,15 @@ def _tuning_table() -> Row:
 
 
 def _backend() -> Row:
-    from qcomm.transport.select import local_capability
+    from qcomm.transport.select import local_capability, nvshmem_capability
 
     device = torch.device("cuda", torch.cuda.current_device()) if _num_gpus() else torch.device("cpu")
     capability = local_capability(device)
     backend = "nvlink" if capability.supported else "collective"
-    return Row("backend", backend, f"auto takes {backend}: {capability.reason}")
+    obstacle, _ = nvshmem_capability() if capability.supported else (capability.reason, "")
+    across = "nvshmem" if obstacle is None else f"collective ({obstacle})"
+    note = f"auto takes {backend}: {capability.reason}"
+    return Row("backend", backend, f"{note}; over several nodes {across}" if capability.supported else note)
 
 
 def _package_row(name: str, *packages: str) -> Row:

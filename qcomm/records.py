@@ -136,8 +136,8 @@ class NodesLayout:
 class SymmetricLayout:
     """Offsets of the parts of a rank's symmetric memory; the same on every rank.
 
-    Every part is indexed by source rank or node, so that no two ranks write one place. Counts exist twice, for even and odd
-    calls, because a rank may write the next call's while a peer still reads this one's.
+    Every part is indexed by source rank or node, so that no two ranks write one place. Counts exist twice, for even
+    and odd calls, because a rank may write the next call's while a peer still reads this one's.
     """
 
     num_ranks: int

@@ -370,9 +370,24 @@ def place_y(case: Case, y: torch.Tensor, rows: ExpectedRows, recv: Received, han
 
 
 def expect_combined(
-    case: Case, ys: Sequence[torch.Tensor], rows: Sequence[ExpectedRows], inputs: Inputs, rank: int
+    case: Case,
+    ys: Sequence[torch.Tensor],
+    rows: Sequence[ExpectedRows],
+    inputs: Inputs,
+    rank: int,
+    ranks_per_node: int | None = None,
 ) -> torch.Tensor:
-    """Ask the oracle for the sums that come back to a rank."""
+    """Ask the oracle for the sums that come back to a rank; with ranks per node, those that nodes add up."""
+    if ranks_per_node is not None:
+        return reference_exchange.combine_by_node(
+            ys,
+            rows,
+            [len(idx) for idx in inputs.topk_idxs],
+            wire=case.combine_wire or BF16,
+            weighted=case.weighted,
+            seed=case.seed,
+            ranks_per_node=ranks_per_node,
+        )[rank]
     return reference_exchange.combine(
         ys,
         rows,
@@ -395,7 +410,8 @@ def run_case(buffer: Buffer, case: Case) -> list[str]:
         y = place_y(case, ys[buffer.rank], rows[buffer.rank], recv, handle)
         out = buffer.combine(y, handle, weighted=case.weighted, seed=case.seed, backward=case.backward)
         sync(buffer)
-        want = expect_combined(case, ys, rows, inputs, buffer.rank)
+        each = None if handle.forward_counts is None else buffer.topology.ranks_per_node
+        want = expect_combined(case, ys, rows, inputs, buffer.rank, each)
         if not equal_bits(out.cpu(), want):
             problems.append(f"combine {_difference(out.cpu(), want)}")
     return [f"rank {buffer.rank}: {case}: {problem}" for problem in problems]
@@ -404,10 +420,10 @@ def run_case(buffer: Buffer, case: Case) -> list[str]:
 def run_cases(rank: int, num_ranks: int, device: str, backend: str, cases: Sequence[Case]) -> list[str]:
     """Run cases on one rank, a buffer for each shape; returns what went wrong.
 
-    On nvlink each runs twice: as the few tokens that they are, and as many would be.
+    On nvlink and nvshmem each runs twice: as the few tokens that they are, and as many would be.
     """
     problems = _run_cases(rank, num_ranks, device, backend, cases)
-    if backend == "nvlink" and not problems:
+    if backend != "collective" and not problems:
         with tuning.force(decode_tokens=0):
             problems = _run_cases(rank, num_ranks, device, backend, cases)
     return problems

@@ -127,8 +127,16 @@ class _Torch:
 
 
 @contextlib.contextmanager
-def nvlink_buffer(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, **shape: Any) -> Iterator[tuple[Buffer, Any]]:
-    """Make a buffer of one rank on the CPU whose calls go to the nvlink backend; yields it and the backend."""
+def nvlink_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: FakeCuda,
+    make: Callable[[BufferConfig, Member, Owner, Any], NvlinkTransport] | None = None,
+    **shape: Any,
+) -> Iterator[tuple[Buffer, Any]]:
+    """Make a buffer of one rank on the CPU whose calls go to the nvlink backend; yields it and the backend.
+
+    `make` makes another backend that is built on it.
+    """
 
     def allocate(provider: str, num_bytes: int, member: Member) -> Any:
         local = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -136,6 +144,8 @@ def nvlink_buffer(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, **shape: Any)
 
     def create(choice: object, config: BufferConfig, member: Member, owner: Owner, *_: object) -> NvlinkTransport:
         stream: Any = cuda.make_stream()
+        if make is not None:
+            return make(config, member, owner, stream)
         return NvlinkTransport(config, member, owner, stream, None, "torch")
 
     monkeypatch.setattr(nvlink, "torch", _Torch(cuda))

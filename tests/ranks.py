@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from qcomm.topology import RANKS_PER_NODE_VARIABLE
+
 P = ParamSpec("P")
 R = TypeVar("R")
 DeviceKind = Literal["cpu", "cuda"]
@@ -137,10 +139,13 @@ class Target(NamedTuple):
 
     pool: RankPool
     backend: str
+    ranks_per_node: int | None = None
 
     def run(self, fn: Callable[Concatenate[int, int, str, str, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Run `fn(rank, num_ranks, device, backend, ...)` on every rank."""
-        return self.pool.run(fn, self.pool.device, self.backend, *args, **kwargs)
+        if self.ranks_per_node is None:
+            return self.pool.run(fn, self.pool.device, self.backend, *args, **kwargs)
+        return self.pool.run(_on_nodes, self.ranks_per_node, fn, self.pool.device, self.backend, *args, **kwargs)
 
 
 class Pools:
@@ -162,6 +167,8 @@ class Pools:
 
 
 GPU_SIZES = (1, 2, 4)
+GPU_NODES = ((2, 1), (2, 2))
+"""Nodes, and ranks of each, that one host is split into for the nvshmem backend."""
 
 
 def need_gpus(count: int) -> None:
@@ -172,14 +179,23 @@ def need_gpus(count: int) -> None:
 
 
 def targets(*cpu_sizes: int, gpu_sizes: tuple[int, ...] = GPU_SIZES) -> pytest.MarkDecorator:
-    """Run a body for each size with the collective backend on the CPU, and with both backends on GPUs."""
-    cpu = [pytest.param(("cpu", size, "collective"), id=f"cpu{size}-collective") for size in cpu_sizes]
+    """Run a body for each size with the collective backend on the CPU, and with every backend on GPUs."""
+    cpu = [pytest.param(("cpu", size, "collective", None), id=f"cpu{size}-collective") for size in cpu_sizes]
     gpu = [
-        pytest.param(("cuda", size, backend), id=f"gpu{size}-{backend}", marks=pytest.mark.gpu)
+        pytest.param(("cuda", size, backend, None), id=f"gpu{size}-{backend}", marks=pytest.mark.gpu)
         for size in gpu_sizes
         for backend in ("nvlink", "collective")
     ]
-    return pytest.mark.parametrize("target", cpu + gpu, indirect=True)
+    nodes = [
+        pytest.param(
+            ("cuda", num_nodes * each, "nvshmem", each),
+            id=f"gpu{num_nodes * each}-nvshmem-{num_nodes}x{each}",
+            marks=pytest.mark.gpu,
+        )
+        for num_nodes, each in GPU_NODES
+        if num_nodes * each in gpu_sizes
+    ]
+    return pytest.mark.parametrize("target", cpu + gpu + nodes, indirect=True)
 
 
 def device_of(device: str, rank: int) -> torch.device:
@@ -228,6 +244,15 @@ def _dump(reply: _Reply) -> bytes:
     out = io.BytesIO()
     _CpuPickler(out, pickle.HIGHEST_PROTOCOL).dump(reply)
     return out.getvalue()
+
+
+def _on_nodes(rank: int, num_ranks: int, ranks_per_node: int, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
+    """Run a body on virtual nodes."""
+    os.environ[RANKS_PER_NODE_VARIABLE] = str(ranks_per_node)
+    try:
+        return fn(rank, num_ranks, *args, **kwargs)
+    finally:
+        del os.environ[RANKS_PER_NODE_VARIABLE]
 
 
 def _ping(rank: int, num_ranks: int) -> None:

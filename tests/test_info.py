@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import qcomm
-from qcomm import info
+from qcomm import info, nvshmem_build
 
 REPO = Path(__file__).resolve().parents[1]
 TOPOLOGY = (
@@ -163,9 +163,9 @@ def test_topology() -> None:
 
 
 def test_nvshmem_version() -> None:
-    assert info.parse_nvshmem_version(VERSION_HEADER) == "3.4.5"
+    assert nvshmem_build.nvshmem_version(VERSION_HEADER) == "3.4.5"
     with pytest.raises(ValueError, match="NVSHMEM_VENDOR_MAJOR_VERSION"):
-        info.parse_nvshmem_version("")
+        nvshmem_build.nvshmem_version("")
 
 
 @pytest.mark.parametrize(

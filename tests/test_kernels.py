@@ -24,7 +24,7 @@ from qcomm.exchange import CombineOptions, DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
 from qcomm.handle import DispatchHandle, Owner
 from qcomm.jit import KernelSpec, ResourceUsage
-from qcomm.ops import codec, columnwise, combine, comm, count, dispatch, dispatch_decode, peer_store, route
+from qcomm.ops import codec, columnwise, combine, comm, count, dispatch, dispatch_decode, forward, peer_store, route
 from qcomm.ops.catalog import all_specs, codec_specs
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
@@ -397,7 +397,7 @@ def test_the_budgets_hold_for_any_hidden(hidden: int) -> None:
 
 
 STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
-    "layout.cuh": (comm.Report, comm.HostReports, comm.State, comm.Comm),
+    "layout.cuh": (comm.Report, comm.HostReports, comm.Nodes, comm.State, comm.Comm),
     "quantize.cuh": (comm.Quantizer,),
     "barrier.cu": (comm.BarrierParams,),
     "route.cu": (route.RouteParams,),
@@ -406,6 +406,8 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "dispatch_send.cuh": (dispatch.DispatchSendParams,),
     "dispatch_recv.cuh": (dispatch.DispatchRecvParams,),
     "dispatch_decode.cu": (dispatch_decode.DispatchDecodeParams,),
+    "dispatch_forward.cu": (forward.DispatchForwardParams,),
+    "combine_forward.cu": (forward.CombineForwardParams,),
     "combine.cu": (combine.CombineSendParams, combine.CombineRecvParams, combine.CombineDecodeParams),
     "peer_store.cu": (peer_store.PeerStoreParams,),
     "codec.cuh": (codec.Divisor,),

@@ -162,11 +162,41 @@ def test_nvlink_that_cannot_run(
     assert caught.value.seen
 
 
-def test_nvlink_stays_within_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = choose(monkeypatch, seats(4), "auto", "auto", ranks_per_node=2)
-    assert (choice.backend, choice.reason) == ("collective", "ranks are on 2 nodes")
-    with pytest.raises(QcommUnsupportedError, match="ranks are on 2 nodes"):
+def test_several_nodes_take_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose(monkeypatch, seats(4, nvshmem_build="by NVRTC"), "auto", "auto", ranks_per_node=2)
+    assert (choice.backend, choice.provider) == ("nvshmem", "nvshmem")
+    assert choose(monkeypatch, seats(4), "nvshmem", "nvshmem", ranks_per_node=2).backend == "nvshmem"
+    # GPUs of other nodes need not be within reach.
+    alone = seats(2, reachable_uuids=("GPU-1",), host="other")
+    assert choose(monkeypatch, alone, "auto", "auto", ranks_per_node=1).backend == "nvshmem"
+    with pytest.raises(QcommUnsupportedError, match="'nvlink' cannot run here: ranks are on 2 nodes"):
         choose(monkeypatch, seats(4), "nvlink", "auto", ranks_per_node=2)
+
+
+@pytest.mark.parametrize(
+    ("last", "provider", "reason"),
+    [
+        ({"nvshmem_obstacle": "not installed: nvshmem4py-cu13"}, "auto", "rank 3: not installed: nvshmem4py-cu13"),
+        ({"reachable_uuids": ("GPU-3",)}, "auto", "the GPU of rank 3 cannot reach that of rank 2"),
+        ({"capability": NO_CUPY}, "auto", "rank 3: not installed: cupy-cuda13x"),
+        ({"nvshmem": (3, 8)}, "auto", "NVSHMEM runs as (PE, number of PEs) [None, None, None, (3, 8)]"),
+        ({}, "torch", "provider 'torch' serves one node"),
+    ],
+)
+def test_what_keeps_from_nvshmem(
+    monkeypatch: pytest.MonkeyPatch, last: dict[str, Any], provider: str, reason: str
+) -> None:
+    found = seats(4, **last)
+    choice = choose(monkeypatch, found, "auto", provider, ranks_per_node=2)
+    assert (choice.backend, choice.reason) == ("collective", reason)
+    with pytest.raises(QcommUnsupportedError) as caught:
+        choose(monkeypatch, found, "nvshmem", provider, ranks_per_node=2)
+    assert str(caught.value).startswith(f"backend 'nvshmem' cannot run here: {reason}")
+
+
+def test_one_node_is_not_for_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(QcommUnsupportedError, match="ranks are on one node; backend 'nvlink' serves it"):
+        choose(monkeypatch, seats(3), "nvshmem", "auto")
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,13 @@ _FORWARD_SHARE = 4
 
 
 class Launcher(NamedTuple):
-    """What every launcher needs; `num_sms` is what the device has, `forwards` whether sends leave room to forward."""
+    """What every launcher needs: `num_sms` the device has, `forward_nodes` that tokens are forwarded in, or 0."""
 
     kernels: KernelLoader
     comm: Comm
     num_sms: int
     tunings: Tunings
-    forwards: bool = False
+    forward_nodes: int = 0
 
     def tuning(self, op: Op, wire: WireFormat) -> Tuning:
         """Return how the kernels of an operation are set."""
@@ -142,7 +142,6 @@ class Launcher(NamedTuple):
         """Return the blocks of a kernel, one an SM."""
         return min(self.tuning(op, wire).num_sms or self.num_sms, self.num_sms)
 
-
     def forward_blocks(self, op: Op, wire: WireFormat) -> int:
         """Return the blocks of a kernel that forwards; with those that send, one an SM."""
         return max(1, self.blocks(op, wire) // _FORWARD_SHARE)
@@ -150,7 +149,7 @@ class Launcher(NamedTuple):
     def send_blocks(self, op: Op, wire: WireFormat) -> int:
         """Return the blocks of a kernel that sends."""
         blocks = self.blocks(op, wire)
-        return max(1, blocks - self.forward_blocks(op, wire)) if self.forwards else blocks
+        return max(1, blocks - self.forward_blocks(op, wire)) if self.forward_nodes else blocks
 
 
 def spec(file: str, name: str, **constants: int) -> KernelSpec:

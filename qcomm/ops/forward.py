@@ -72,8 +72,10 @@ def combine_forward_spec(wire: WireFormat, hidden: int, num_topk: int) -> Kernel
 def launch_dispatch_forward(
     launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int, *, replays: bool
 ) -> None:
-    """Forward the records of other nodes' ranks; fills the handle's `forward_counts` and `forward_slots`, or, in a
-    replay, goes by them."""
+    """Forward the records of other nodes' ranks.
+
+    Fills the handle's `forward_counts` and `forward_slots`; a replay goes by them.
+    """
     assert handle.forward_counts is not None
     assert handle.forward_slots is not None
     plain, num_topk = WireFormat(wire.kind), handle.record_topk_idx.shape[1]

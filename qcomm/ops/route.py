@@ -50,14 +50,14 @@ def route_threads(num_topk: int) -> int:
     return 896 if num_topk <= _SMALL_TOPK else 384
 
 
-def num_keys(num_experts: int, num_ranks: int) -> int:
-    """Return what a token is numbered within, experts and ranks, in whole loads."""
-    return align(num_experts + num_ranks, _KEYS_PER_LOAD)
+def num_keys(num_experts: int, num_places: int) -> int:
+    """Return what a token is numbered within, experts and places (ranks, and nodes that forward), in whole loads."""
+    return align(num_experts + num_places, _KEYS_PER_LOAD)
 
 
-def route_shared_bytes(num_experts: int, num_ranks: int, num_tokens: int) -> int:
-    """Return the shared memory of a `route` block: a count and a bitmap of its chunk for every expert and rank."""
-    return 4 * num_keys(num_experts, num_ranks) * (1 + route_chunk(num_tokens) // 32)
+def route_shared_bytes(num_experts: int, num_places: int, num_tokens: int) -> int:
+    """Return the shared memory of a `route` block: a count and a bitmap of its chunk for every expert and place."""
+    return 4 * num_keys(num_experts, num_places) * (1 + route_chunk(num_tokens) // 32)
 
 
 def launch_route(
@@ -67,7 +67,7 @@ def launch_route(
     comm = launcher.comm
     num_tokens, num_topk = topk_idx.shape
     chunk = route_chunk(num_tokens)
-    shared_bytes = route_shared_bytes(comm.num_experts, comm.num_ranks, num_tokens)
+    shared_bytes = route_shared_bytes(comm.num_experts, comm.num_ranks + launcher.forward_nodes, num_tokens)
     params = RouteParams(comm, topk_idx.data_ptr(), send_slot.data_ptr(), ordinals.data_ptr(), num_tokens, chunk)
     kernel = launcher.kernels.get(route_spec, num_topk, topk_idx.element_size())
     kernel.launch(max(1, -(-num_tokens // chunk)), route_threads(num_topk), shared_bytes, stream, params)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,9 @@ from qcomm.errors import (
     QcommTimeoutError,
 )
 from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput
-from qcomm.formats import FP8_GROUP_SIZE
+from qcomm.formats import FP8_GROUP_SIZE, WireFormat
 from qcomm.handle import DispatchHandle, Owner, Received
-from qcomm.jit import KernelLoader
+from qcomm.jit import KernelLoader, KernelSpec
 from qcomm.ops import combine, count, dispatch, dispatch_decode, route
 from qcomm.ops.comm import (
     BAD_ROUTE,
@@ -43,7 +43,15 @@ from qcomm.ops.comm import (
 )
 from qcomm.ops.count import Placement
 from qcomm.ops.dispatch import Receive, Routing
-from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, ValuesLayout, align
+from qcomm.records import (
+    MetadataLayout,
+    NodesLayout,
+    PutLayout,
+    RecordLayout,
+    SymmetricLayout,
+    ValuesLayout,
+    align,
+)
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import (
     Ending,
@@ -54,7 +62,8 @@ from qcomm.transport.base import (
     routing_error,
 )
 from qcomm.transport.streams import record_stream
-from qcomm.transport.symmetric import abandon, allocate
+from qcomm.transport.symmetric import SymmetricMemory, abandon, allocate
+from qcomm.tuning import Op, Tunings
 
 _SPINS_PER_QUERY = 1 << 20
 _GUESS_MARGIN = 32
@@ -75,28 +84,30 @@ class NvlinkTransport:
         provider: str,
     ) -> None:
         self._config, self._member, self._owner = config, member, owner
-        self._layout = _symmetric_layout(config, member)
         self._comm_stream = comm_stream
         self._send_stream = torch.cuda.Stream(member.device, priority=-1)
         self._last: torch.cuda.Event | None = None
         self._sequence = 0
         self._guess: dict[str, int] = {}
+        device = torch.cuda.get_device_properties(member.device)
+        tunings = self._tune(tuning.choose_all(device.name, member.num_ranks, num_sms))
+        self._layout = _symmetric_layout(config, member, self._nodes_layout())
         with torch.cuda.device(member.device):
-            self._memory = allocate(provider, self._layout.num_bytes, member)
+            self._memory = self._allocate(provider)
             self._state = torch.zeros(ctypes.sizeof(State), dtype=torch.uint8, device=member.device)
-            chunk_words = 1 + route.num_keys(config.num_experts, member.num_ranks)
+            chunk_words = 1 + route.num_keys(config.num_experts, member.num_ranks + self._forward_nodes)
             self._chunks = torch.zeros(route.MAX_CHUNKS * chunk_words, dtype=torch.int32, device=member.device)
             self._reports = torch.zeros(ctypes.sizeof(HostReports), dtype=torch.uint8, pin_memory=True)
             host_words = count.HOST_FIXED + member.num_ranks + 1 + self._layout.num_local_experts
             self._host = torch.zeros(host_words, dtype=torch.int32, pin_memory=True)
         self._host_view = self._host.numpy()
         self._reports_view = HostReports.from_address(self._reports.data_ptr())
-        device = torch.cuda.get_device_properties(member.device)
         self._launcher = Launcher(
-            KernelLoader(member.device, waits=True),
+            KernelLoader(member.device, waits=True, specialise=self._specialise),
             self._comm(),
             device.multi_processor_count,
-            tuning.choose_all(device.name, member.num_ranks, num_sms),
+            tunings,
+            self._forward_nodes,
         )
         self.symmetric_bytes = self._layout.num_bytes
         self._clear()
@@ -123,8 +134,7 @@ class NvlinkTransport:
                 call.keep(result, draft)
                 return result, draft, Ending(call.event)
             route.launch_route(self._launcher, call.stream, topk_idx, draft.send_slot, ordinals)
-            with call.sending() as stream:
-                dispatch.launch_send(self._launcher, stream, x, draft, routing, options.wire, options.seed)
+            self._send(call, x, draft, routing, options.wire, options.seed)
             counts = functools.partial(self._launch_count, placement=placement, options=options)
             if options.split:
                 handle, (payload, _) = draft, receive.prepare(draft.num_rows, draft.rows_per_expert)
@@ -144,8 +154,7 @@ class NvlinkTransport:
         with self._call(options.async_op, x, handle) as call:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
             launch_barrier(self._launcher, call.stream, overflows)
-            with call.sending() as stream:
-                dispatch.launch_send(self._launcher, stream, x, handle, None, options.wire, options.seed)
+            self._send(call, x, handle, None, options.wire, options.seed)
             placement = Placement.of(handle, None, overflows)
             receive = Receive(self._launcher, handle, placement, options, self._config.hidden, overflows, places=False)
             payload, _ = receive.prepare(handle.num_rows, handle.rows_per_expert)
@@ -173,8 +182,7 @@ class NvlinkTransport:
                 call.keep(*sums)
                 return sums, Ending(call.event)
             launch_barrier(self._launcher, call.stream, None)
-            with call.sending() as stream:
-                combine.launch_send(self._launcher, stream, y, values, handle, options)
+            self._send_sums(call, y, values, handle, options)
             receive = functools.partial(
                 combine.launch_recv, self._launcher, handle=handle, wire=options.wire, sums=sums
             )
@@ -218,17 +226,65 @@ class NvlinkTransport:
     def _clear(self) -> None:
         """Forget every earlier call. Collective; no rank's kernels may be running."""
         self._memory.local.zero_()
-        state = State(bad_token=_NO_BAD_TOKEN)
-        self._state.copy_(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        self._state.copy_(torch.frombuffer(bytearray(self._first_state()), dtype=torch.uint8))
         self._reports.zero_()
         self._chunks.zero_()
         torch.cuda.synchronize(self._member.device)
         self._last = None
         synchronize_hosts(self._member)
 
+    def _tune(self, tunings: Tunings) -> Tunings:
+        """Change how kernels are set, before anything is made."""
+        return tunings
+
+    def _nodes_layout(self) -> NodesLayout | None:
+        """Return what symmetric memory holds for other nodes."""
+        return None
+
+    def _allocate(self, provider: str) -> SymmetricMemory:
+        """Allocate symmetric memory. Collective."""
+        return allocate(provider, self._layout.num_bytes, self._member)
+
+    def _specialise(self, spec: KernelSpec) -> KernelSpec:
+        """Change a kernel's constants."""
+        return spec
+
+    def _first_state(self) -> State:
+        """Return the state before any call."""
+        return State(bad_token=_NO_BAD_TOKEN)
+
+    @property
+    def _forward_nodes(self) -> int:
+        """Nodes that tokens are numbered within, to be forwarded there."""
+        return 0
+
+    def _forward_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what a handle holds of forwarded tokens, by field."""
+        return {}
+
+    def _send(
+        self, call: Call, x: WireInput, handle: DispatchHandle, routing: Routing | None, wire: WireFormat, seed: int
+    ) -> None:
+        """Launch what sends tokens; without a routing, along a known route."""
+        with call.beside(self._send_stream) as stream:
+            dispatch.launch_send(self._launcher, stream, x, handle, routing, wire, seed)
+
+    def _send_sums(
+        self,
+        call: Call,
+        y: torch.Tensor,
+        values: torch.Tensor | None,
+        handle: DispatchHandle,
+        options: CombineOptions,
+    ) -> None:
+        """Launch what sends sums."""
+        with call.beside(self._send_stream) as stream:
+            combine.launch_send(self._launcher, stream, y, values, handle, options)
+
     def _comm(self) -> Comm:
         config, member, layout = self._config, self._member, self._layout
         addresses = self._memory.peers + [0] * (MAX_RANKS - member.num_ranks)
+        offsets = {name: offset for name, offset in layout.offsets.items() if hasattr(Comm, name)}
         return Comm(
             peer=(ctypes.c_uint64 * MAX_RANKS)(*addresses),
             state=self._state.data_ptr(),
@@ -241,7 +297,7 @@ class NvlinkTransport:
             max_tokens=config.num_max_tokens_per_rank,
             num_experts=config.num_experts,
             num_local_experts=layout.num_local_experts,
-            **layout.offsets,
+            **offsets,
         )
 
     def _draft(
@@ -264,7 +320,7 @@ class NvlinkTransport:
             "row_src": (rows, 2),
             "row_weights": (0 if by_token else rows,),
             "row_record": (rows,),
-            "send_slot": (num_tokens, num_ranks),
+            "send_slot": (num_tokens, num_ranks + self._forward_nodes),
             "ordinals": (num_tokens, num_topk),
             "source_starts": (num_ranks, num_local),
             "recv_offsets": (num_ranks + 1,),
@@ -274,12 +330,14 @@ class NvlinkTransport:
             "record_rows": (num_records, 1 if by_token else num_topk),
             "num_tokens_per_expert": (num_local,),
             "group_offsets": (num_local + 1,),
+            **self._forward_shapes(),
         }
         sizes = [math.prod(shape) for shape in shapes.values()]
         pieces = torch.empty(sum(sizes), dtype=torch.int32, device=self._member.device).split(sizes)
         parts = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
         row_weights, group_offsets = parts.pop("row_weights"), parts.pop("group_offsets")
         record_topk_weights = parts.pop("record_topk_weights").view(torch.float32)
+        parts["send_slot"] = parts["send_slot"][:, :num_ranks]  # behind them stay those at nodes
         ordinals, source_starts = parts.pop("ordinals"), parts.pop("source_starts")
         handle = DispatchHandle(
             owner=self._owner,
@@ -307,7 +365,7 @@ class NvlinkTransport:
         count.launch_count(self._launcher, stream, num_topk, placement, host, self._sequence)
 
     def _receive_counted(
-        self, call: _Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
+        self, call: Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
     ) -> tuple[DispatchHandle, Payload]:
         """Receive as many rows as come, which only the counts tell.
 
@@ -378,7 +436,7 @@ class NvlinkTransport:
             seen=hook,
         )
 
-    def _split(self, call: _Call, receive: Sequence[Callable[[int], None]], *results: object) -> Ending:
+    def _split(self, call: Call, receive: Sequence[Callable[[int], None]], *results: object) -> Ending:
         """Leave the receive of a call, which launches on a stream what fills the results, to its hook."""
 
         def rest() -> None:
@@ -392,7 +450,7 @@ class NvlinkTransport:
         return Ending(call.event, rest)
 
     @contextlib.contextmanager
-    def _call(self, async_op: bool, *inputs: object) -> Iterator[_Call]:
+    def _call(self, async_op: bool, *inputs: object) -> Iterator[Call]:
         """Order a call after the one before it, on the stream it runs on."""
         with torch.cuda.device(self._member.device):
             caller = torch.cuda.current_stream()
@@ -403,7 +461,7 @@ class NvlinkTransport:
             capturing = torch.cuda.is_current_stream_capturing()
             if self._last is not None and not capturing:
                 main.wait_event(self._last)
-            call = _Call(main, self._send_stream, caller, capturing)
+            call = Call(main, caller, capturing)
             try:
                 with torch.cuda.stream(main) if async_op else contextlib.nullcontext():
                     yield call
@@ -435,42 +493,40 @@ def _cut(draft: DispatchHandle, counts: _Counts) -> DispatchHandle:
     )
 
 
-class _Call:
-    """One call in flight: its two streams, and the event that ends it."""
+class Call:
+    """One call in flight: its streams, and the event that ends it."""
 
-    def __init__(
-        self, main: torch.cuda.Stream, side: torch.cuda.Stream, caller: torch.cuda.Stream, captured: bool
-    ) -> None:
-        self._main, self._side, self._caller = main, side, caller
+    def __init__(self, main: torch.cuda.Stream, caller: torch.cuda.Stream, captured: bool) -> None:
+        self._main, self._caller = main, caller
         self.captured = captured
         self.stream = main.cuda_stream
         self.event = torch.cuda.Event()
         self._open = True
-        self._sends = False
+        self._beside: list[torch.cuda.Stream] = []
 
     @contextlib.contextmanager
-    def sending(self) -> Iterator[int]:
-        """Launch on the sending stream what comes next, behind what the main stream holds so far."""
-        self._side.wait_stream(self._main)
-        self._sends = True
-        yield self._side.cuda_stream
+    def beside(self, stream: torch.cuda.Stream) -> Iterator[int]:
+        """Launch on another stream what comes next, behind what the main stream holds so far."""
+        stream.wait_stream(self._main)
+        self._beside.append(stream)
+        yield stream.cuda_stream
 
     def keep(self, *results: object) -> None:
         """Tell the allocator that the caller's stream uses the results of an async call."""
         if self._main != self._caller:
             record_stream(self._caller, *results)
 
-    def follow(self, split: _Call, *results: object) -> None:
+    def follow(self, split: Call, *results: object) -> None:
         """Go on behind a split call, filling its results."""
         self._main.wait_event(split.event)
         if self._main != split._main:
             record_stream(self._main, *results)
 
     def join(self) -> None:
-        """End the call, unless that was done: the main stream waits for the sends."""
+        """End the call, unless that was done: the main stream waits for the others."""
         if self._open:
-            if self._sends:
-                self._main.wait_stream(self._side)
+            for stream in self._beside:
+                self._main.wait_stream(stream)
             self.event.record(self._main)
             self._open = False
 
@@ -489,15 +545,18 @@ def _check_addresses(x: WireInput) -> None:
             raise ValueError(f"{name} must start at a multiple of {multiple} bytes, got {part.data_ptr():#x}")
 
 
-def _symmetric_layout(config: BufferConfig, member: Member) -> SymmetricLayout:
-    def largest(op: str, behind: MetadataLayout | ValuesLayout) -> int:
-        legs = (config.precision.leg(op, backward) for backward in (False, True))  # type: ignore[arg-type]
-        return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)
+def largest_slot(config: BufferConfig, op: Op, behind: MetadataLayout | PutLayout | ValuesLayout) -> int:
+    """Return the bytes of a slot that holds a record of either leg of an operation."""
+    legs = (config.precision.leg(op, backward) for backward in (False, True))
+    return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)
 
+
+def _symmetric_layout(config: BufferConfig, member: Member, nodes: NodesLayout | None) -> SymmetricLayout:
     return SymmetricLayout(
         num_ranks=member.num_ranks,
         num_local_experts=config.num_experts // member.num_ranks,
         max_tokens=config.num_max_tokens_per_rank,
-        dispatch_slot_bytes=largest("dispatch", MetadataLayout(config.num_topk)),
-        combine_slot_bytes=largest("combine", ValuesLayout(config.num_topk)),
+        dispatch_slot_bytes=largest_slot(config, "dispatch", MetadataLayout(config.num_topk)),
+        combine_slot_bytes=largest_slot(config, "combine", ValuesLayout(config.num_topk)),
+        nodes=nodes,
     )

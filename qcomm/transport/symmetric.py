@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ class SymmetricMemory(Protocol):
 
     Attributes:
         local: `[num_bytes]` uint8 on this rank's GPU.
-        peers: address of every rank's allocation as this GPU sees it, own included.
+        peers: address of every rank's allocation as this GPU sees it, own included; 0 where only NVSHMEM reaches it.
     """
 
     local: torch.Tensor
@@ -79,9 +80,15 @@ class NvshmemMemory:
 
     NVSHMEM is a process-wide runtime: the first buffer of a process starts it for its group, if nobody has, and it
     runs until the process ends.
+
+    Args:
+        num_bytes: the same on every rank.
+        member: this rank's place.
+        near: tells whether a rank reaches another's memory by itself; None where all do. Where some do not, rank r must
+            be NVSHMEM's PE r, as kernels take it to be.
     """
 
-    def __init__(self, num_bytes: int, member: Member) -> None:
+    def __init__(self, num_bytes: int, member: Member, near: Callable[[int, int], bool] | None = None) -> None:
         import nvshmem.core as nvshmem
 
         if running_nvshmem() is None:
@@ -98,11 +105,23 @@ class NvshmemMemory:
         self._nvshmem = nvshmem
         pes: list[int] = [0] * member.num_ranks
         dist.all_gather_object(pes, nvshmem.my_pe(), group=member.group)
+        if near is not None and pes != list(range(member.num_ranks)):
+            raise QcommUnsupportedError(
+                f"several nodes need a group whose ranks are NVSHMEM's PEs in order, got PEs {pes}",
+                rank=member.rank,
+                phase="buffer.create",
+                seen=tuple(pes),
+            )
         self.local: torch.Tensor = nvshmem.tensor((num_bytes,), dtype=torch.uint8)
-        self.peers = [
-            self.local.data_ptr() if pe == nvshmem.my_pe() else nvshmem.get_peer_tensor(self.local, pe).data_ptr()
-            for pe in pes
-        ]
+
+        def address(rank: int, pe: int) -> int:
+            if rank == member.rank:
+                return int(self.local.data_ptr())
+            if near is not None and not near(member.rank, rank):
+                return 0
+            return int(nvshmem.get_peer_tensor(self.local, pe).data_ptr())
+
+        self.peers = [address(rank, pe) for rank, pe in enumerate(pes)]
 
     def free(self) -> None:
         """Free the allocation. Collective."""

@@ -1,0 +1,217 @@
+"""The nvshmem backend without GPUs: its kernels compile, its memory has room, its calls launch what they must."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, nvlink_buffer
+
+from qcomm import QcommUnsupportedError, WireFormat, jit, nvshmem_build, reference_exchange, tuning
+from qcomm.formats import WIRE_KINDS
+from qcomm.jit import KernelSpec
+from qcomm.ops import comm, forward
+from qcomm.ops.catalog import all_specs
+from qcomm.records import NodesLayout, SymmetricLayout
+from qcomm.topology import Topology
+from qcomm.transport import nvshmem
+from qcomm.transport.nvshmem import NvshmemTransport, forwards, node_constants
+
+ARCH = "sm_90"
+TWO_BY_TWO = Topology(4, 2)
+SHAPES = ((7168, 8), (128, comm.MAX_TOPK))
+WIRES = (*map(WireFormat, WIRE_KINDS), WireFormat("mxfp4", hadamard=True))
+
+
+def specs(hidden: int, num_topk: int, *, forwarding: bool) -> list[KernelSpec]:
+    """Every kernel of a mode that is not that of nvlink with other strides alone."""
+    defaults = tuning.current().defaults
+    found = [spec for spec in all_specs(hidden, num_topk, defaults) if spec.name != "peer_store"]
+    if forwarding:
+        found = [spec for spec in found if not spec.name.endswith("_decode")]
+        found += [
+            forward.dispatch_forward_spec(WireFormat(k), hidden, num_topk, defaults["dispatch"]) for k in WIRE_KINDS
+        ]
+        found += [forward.combine_forward_spec(wire, hidden, num_topk) for wire in WIRES]
+    seen: dict[tuple[str, object], KernelSpec] = {}
+    for spec in found:
+        seen.setdefault((spec.name, dict(spec.constants).get("WIRE")), spec)
+    made = [s.with_constants(node_constants(s, TWO_BY_TWO, forwards=forwarding, debug=True)) for s in seen.values()]
+    return list(dict.fromkeys(made))
+
+
+@pytest.mark.parametrize("forwarding", [True, False], ids=["throughput", "decode"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_compile(shape: tuple[int, int], forwarding: bool) -> None:
+    pytest.importorskip("cuda.core")
+    try:
+        nvshmem_build.find()
+    except QcommUnsupportedError as error:
+        pytest.skip(str(error))
+    for spec in specs(*shape, forwarding=forwarding):
+        cubin = jit.compile_cubin(spec, ARCH)
+        # NVSHMEM finds its state in the module by this name; receivers have none.
+        assert (b"nvshmemi_device_state_d" in cubin) == spec.uses_nvshmem
+
+
+def test_one_node_has_nothing_of_several() -> None:
+    for spec in all_specs(7168, 8, tuning.current().defaults):
+        assert not spec.uses_nvshmem
+        assert {name: dict(spec.constants)[name.upper()] for name in comm.ONE_NODE} == comm.ONE_NODE
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "max_tokens", "want"), [(2, 257, True), (2, 256, False), (1, 4096, False), (8, 4096, True)]
+)
+def test_when_tokens_are_forwarded(ranks_per_node: int, max_tokens: int, want: bool) -> None:
+    assert forwards(Topology(16, ranks_per_node), max_tokens, 256) is want
+
+
+def layout(num_ranks: int, nodes: NodesLayout | None, max_tokens: int = 100) -> SymmetricLayout:
+    return SymmetricLayout(num_ranks, 4, max_tokens, dispatch_slot_bytes=3968, combine_slot_bytes=14464, nodes=nodes)
+
+
+def test_memory_of_several_nodes() -> None:
+    plain = layout(4, None)
+    both = layout(4, NodesLayout(2, True, 4096)), layout(4, NodesLayout(2, False, 3968))
+    for several in both:
+        assert list(several.sizes)[: len(plain.sizes)] == list(plain.sizes)
+        assert several.sizes["dispatch_records"] == plain.sizes["dispatch_records"]
+        assert several.sizes["dispatch_flags"] == 2 * plain.sizes["dispatch_flags"]
+        ends = [several.offsets[name] + size for name, size in several.sizes.items()]
+        assert all(end <= begin for end, begin in zip(ends, [*several.offsets.values()][1:], strict=False))
+        assert ends[-1] <= several.num_bytes
+        assert {name for name, *_ in comm.Nodes._fields_} <= set(several.sizes)
+    throughput, decode = (several.sizes for several in both)
+    assert throughput["counts"] == plain.sizes["counts"] + 2 * 4 * 4
+    assert decode["counts"] == plain.sizes["counts"]
+    assert throughput["inbox"] == 2 * 100 * 4096
+    assert throughput["node_sums"] == throughput["combine_outbox"] == 2 * 100 * 14464
+    assert decode["inbox"] == decode["node_sums"] == 0
+    assert decode["combine_outbox"] == plain.sizes["combine_records"]
+
+
+def test_memory_grows_with_ranks_not_their_square() -> None:
+    sizes = [layout(8 * n, NodesLayout(n, True, 4096)).num_bytes for n in (2, 4, 8)]
+    assert sizes[1] / sizes[0] < 2.1
+    assert sizes[2] / sizes[1] < 2.1
+
+
+def test_what_to_install() -> None:
+    build = nvshmem_build.Build(("/include",), "3.4.5", None, None, "")
+    nvshmem_build.check_host_library(build, "3.4.5")
+    with pytest.raises(QcommUnsupportedError, match=r"install nvidia-nvshmem-cu13==3.7.2"):
+        nvshmem_build.check_host_library(build, "3.7.2")
+    with pytest.raises(QcommUnsupportedError, match=r"nvshmem.h, found it nowhere; install nvidia-nvshmem-cu13"):
+        nvshmem_build._folder_of([], "nvshmem.h")
+
+
+@pytest.mark.parametrize(
+    ("value", "want"), [(None, False), ("0", False), ("false", False), ("1", True), ("true", True)]
+)
+def test_who_asks_for_ibgda(monkeypatch: pytest.MonkeyPatch, value: str | None, want: bool) -> None:
+    monkeypatch.delenv(nvshmem_build.IBGDA_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(nvshmem_build.IBGDA_VARIABLE, value)
+    assert nvshmem_build._asks_for_ibgda() is want
+
+
+@pytest.mark.parametrize("num_sms", [None, 1, 2, 24])
+def test_forwarding_takes_a_part_of_the_blocks(num_sms: int | None) -> None:
+    tunings = tuning.choose_all("none", 4, num_sms)
+    launcher = comm.Launcher(None, comm.Comm(), 132, tunings, 2)  # type: ignore[arg-type]
+    wire = WireFormat("mxfp4")
+    blocks, send, on = (f("dispatch", wire) for f in (launcher.blocks, launcher.send_blocks, launcher.forward_blocks))
+    assert send >= 1 <= on
+    assert send + on == max(2, blocks)
+    assert launcher._replace(forward_nodes=0).send_blocks("dispatch", wire) == blocks
+
+
+def test_combine_by_node_of_one_rank_a_node_rounds_twice_what_bf16_keeps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    idxs = [torch.randint(0, 4, (6, 1), generator=generator) for _ in range(4)]
+    rows = [reference_exchange.arrange(rank, idxs, None, num_experts=4, alignment=1) for rank in range(4)]
+    ys = [torch.randn(len(r.token_of_row), 128, generator=generator).bfloat16() for r in rows]
+    common: dict[str, Any] = {"wire": WireFormat("bf16"), "weighted": False}
+    flat = reference_exchange.combine(ys, rows, [6] * 4, **common)
+    # A token of one expert has one sum: adding it up by node changes nothing that BF16 holds.
+    for each in (1, 2):
+        by_node = reference_exchange.combine_by_node(ys, rows, [6] * 4, ranks_per_node=each, **common)
+        assert all(torch.equal(a, b) for a, b in zip(flat, by_node, strict=True))
+
+
+@pytest.mark.parametrize("wire", [WireFormat("bf16"), WireFormat("fp8"), WireFormat("mxfp4")])
+def test_combine_by_node_is_within_its_bound(wire: WireFormat) -> None:
+    generator = torch.Generator().manual_seed(1)
+    idxs = [torch.rand(8, 8, generator=generator).argsort(1)[:, :6] for _ in range(4)]
+    rows = [reference_exchange.arrange(rank, idxs, None, num_experts=8, alignment=1) for rank in range(4)]
+    ys = [torch.randn(len(r.token_of_row), 128, generator=generator).bfloat16() for r in rows]
+    got = reference_exchange.combine_by_node(ys, rows, [8] * 4, wire=wire, weighted=False, ranks_per_node=2)
+    share = {"bf16": 2.0**-8, "fp8": 2.0**-4, "mxfp4": 0.25}[wire.kind]
+    for source, out in enumerate(got):
+        exact, most = torch.zeros(8, 128), torch.zeros(8, 1)
+        for y, here in zip(ys, rows, strict=True):
+            for (of, token), entries in here.rows_of_token.items():
+                if of == source:
+                    total = sum((y[row].float() for row, _ in entries), torch.zeros(128))
+                    exact[token] += total
+                    most[token] += total.abs().max()
+        bound = (2 * share + share**2) * most
+        assert ((out.float() - exact).abs() <= bound + 2.0**-8 * (most + bound)).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Node(Topology):
+    """One rank that takes itself to be one of two nodes of two, whose other ranks are elsewhere."""
+
+    def same_node(self, rank: int, other: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("decode_tokens", [0, 256], ids=["throughput", "decode"])
+def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(nvshmem, "torch", SimpleNamespace(cuda=cuda, Tensor=torch.Tensor))
+    monkeypatch.setattr(nvshmem.nvshmem_build, "find", lambda: nvshmem_build.Build((), "3.4.5", None, None, ""))
+    monkeypatch.setattr(nvshmem.nvshmem_build, "host_version", lambda: "3.4.5")
+
+    def memory(num_bytes: int, *_: object) -> Any:
+        local = torch.zeros(num_bytes, dtype=torch.uint8)
+        return SimpleNamespace(local=local, peers=[local.data_ptr()], free=lambda: None)
+
+    monkeypatch.setattr(nvshmem, "NvshmemMemory", memory)
+
+    def make(config: Any, member: Any, owner: Any, stream: Any) -> NvshmemTransport:
+        return NvshmemTransport(config, member, owner, stream, None, Node(4, 2))
+
+    shape: dict[str, Any] = {"num_experts": 4, "num_topk": 2, "hidden": 128, "num_max_tokens_per_rank": 8}
+    with tuning.force(decode_tokens=decode_tokens), nvlink_buffer(monkeypatch, cuda, make=make, **shape) as (buffer, _):
+        x, idx = torch.zeros(3, 128, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+        recv, handle = buffer.dispatch(x, idx, static=True)
+        buffer.dispatch(x, handle=handle)
+        buffer.combine(recv.x.to(torch.bfloat16), handle)
+    names = [launch.kernel for launch in cuda.launches]
+    if decode_tokens:
+        assert names == ["dispatch_decode", "barrier", "dispatch_send", "dispatch_recv", "combine_decode"]
+        assert handle.forward_counts is None
+        return
+    assert names == [
+        *("route", "dispatch_send", "dispatch_forward", "count", "dispatch_recv"),
+        *("barrier", "dispatch_send", "dispatch_forward", "dispatch_recv"),
+        *("barrier", "combine_send", "combine_forward", "combine_recv"),
+    ]
+    first = {launch.kernel: launch for launch in cuda.launches[:5]}
+    # Sending, forwarding and receiving run beside each other, behind the routing.
+    for name in ("dispatch_send", "dispatch_forward"):
+        assert first["route"].number in first[name].after
+        assert first[name].number not in first["dispatch_recv"].after
+    assert first["dispatch_send"].number not in first["dispatch_forward"].after
+    # The next call waits for all of them.
+    assert {launch.number for launch in cuda.launches[:5]} <= cuda.launches[5].after
+    assert handle.forward_counts is not None
+    assert handle.forward_slots is not None
+    assert tuple(handle.forward_slots.shape) == (2, 8, 3)
+    assert handle.send_slot.stride() == (1 + 2, 1)
