@@ -134,5 +134,8 @@ __device__ __forceinline__ Fp8Vec<8 * kWords> align_group(const uint32_t (&codes
 
 __device__ __forceinline__ void add_overflows(uint64_t* total, uint32_t overflows) {
     overflows = __reduce_add_sync(kAllLanes, overflows);
-    if (threadIdx.x % 32 == 0 && overflows != 0) atomicAdd(total, static_cast<uint64_t>(overflows));
+    // nvcc's uint64_t is another type of this size.
+    using Total = unsigned long long;
+    if (threadIdx.x % 32 == 0 && overflows != 0)
+        atomicAdd(reinterpret_cast<Total*>(total), static_cast<Total>(overflows));
 }

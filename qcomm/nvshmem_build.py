@@ -100,7 +100,8 @@ def compile_linked(
     with tempfile.TemporaryDirectory(prefix="qcomm-nvcc-") as scratch:
         compiled, cubin = pathlib.Path(scratch) / "kernel.o", pathlib.Path(scratch) / "kernel.cubin"
         defines = [f"-D{name}={value}" for name, value in [*macros, ("QCOMM_NVSHMEM_LINKED", "1")]]
-        folders = [f"-I{folder}" for folder in [*include, *build.include]]
+        # CUDA's own headers are those that came with nvcc.
+        folders = [f"-I{folder}" for folder in [*include, build.include[0]]]
         _nvcc(build.nvcc, "-std=c++17", "-rdc=true", f"-arch={arch}", *defines, *folders, "-dc", source, "-o", compiled)
         link = ("-dlink", "-cubin", compiled, f"-L{build.library}", "-lnvshmem_device", "-o", cubin)
         _nvcc(build.nvcc, f"-arch={arch}", *link)

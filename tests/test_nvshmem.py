@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from fake_cuda import FakeCuda, nvlink_buffer
 from qcomm import QcommUnsupportedError, WireFormat, jit, nvshmem_build, reference_exchange, tuning
 from qcomm.formats import WIRE_KINDS
 from qcomm.jit import KernelSpec
-from qcomm.ops import comm, forward
+from qcomm.ops import comm, dispatch, forward
 from qcomm.ops.catalog import all_specs
 from qcomm.records import NodesLayout, SymmetricLayout
 from qcomm.topology import Topology
@@ -36,25 +37,48 @@ def specs(hidden: int, num_topk: int, *, forwarding: bool) -> list[KernelSpec]:
             forward.dispatch_forward_spec(WireFormat(k), hidden, num_topk, defaults["dispatch"]) for k in WIRE_KINDS
         ]
         found += [forward.combine_forward_spec(wire, hidden, num_topk) for wire in WIRES]
+    # One of a wire and name: to NVSHMEM they are alike. The receivers differ from nvlink's by a stride alone.
     seen: dict[tuple[str, object], KernelSpec] = {}
     for spec in found:
-        seen.setdefault((spec.name, dict(spec.constants).get("WIRE")), spec)
+        if not spec.name.startswith("dispatch_recv_"):
+            seen.setdefault((spec.name, dict(spec.constants).get("WIRE")), spec)
     made = [s.with_constants(node_constants(s, TWO_BY_TWO, forwards=forwarding, debug=True)) for s in seen.values()]
     return list(dict.fromkeys(made))
+
+
+def need_headers() -> nvshmem_build.Build:
+    pytest.importorskip("cuda.core")
+    try:
+        return nvshmem_build.find()
+    except QcommUnsupportedError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("forwarding", [True, False], ids=["throughput", "decode"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_compile(shape: tuple[int, int], forwarding: bool) -> None:
-    pytest.importorskip("cuda.core")
-    try:
-        nvshmem_build.find()
-    except QcommUnsupportedError as error:
-        pytest.skip(str(error))
-    for spec in specs(*shape, forwarding=forwarding):
-        cubin = jit.compile_cubin(spec, ARCH)
+    need_headers()
+    todo = specs(*shape, forwarding=forwarding)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        cubins = list(pool.map(lambda spec: jit.compile_cubin(spec, ARCH), todo))
+    for spec, cubin in zip(todo, cubins, strict=True):
         # NVSHMEM finds its state in the module by this name; receivers have none.
         assert (b"nvshmemi_device_state_d" in cubin) == spec.uses_nvshmem
+
+
+def test_kernels_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(nvshmem_build.IBGDA_VARIABLE, "1")
+    build = need_headers()
+    if build.nvcc is None:
+        pytest.skip(build.reason)
+    tunings = tuning.current().defaults
+    for spec in (
+        comm.barrier_spec(),
+        dispatch.send_spec("bf16", WireFormat("mxfp4"), 7168, 8, tunings["dispatch"]),
+        forward.combine_forward_spec(WireFormat("bf16"), 7168, 8),
+    ):
+        cubin = jit.compile_cubin(spec.with_constants(node_constants(spec, TWO_BY_TWO, forwards=True)), ARCH)
+        assert b"nvshmemi_ibgda" in cubin
 
 
 def test_one_node_has_nothing_of_several() -> None:
@@ -175,8 +199,8 @@ class Node(Topology):
 def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
     cuda = FakeCuda()
     monkeypatch.setattr(nvshmem, "torch", SimpleNamespace(cuda=cuda, Tensor=torch.Tensor))
-    monkeypatch.setattr(nvshmem.nvshmem_build, "find", lambda: nvshmem_build.Build((), "3.4.5", None, None, ""))
-    monkeypatch.setattr(nvshmem.nvshmem_build, "host_version", lambda: "3.4.5")
+    monkeypatch.setattr(nvshmem_build, "find", lambda: nvshmem_build.Build((), "3.4.5", None, None, ""))
+    monkeypatch.setattr(nvshmem_build, "host_version", lambda: "3.4.5")
 
     def memory(num_bytes: int, *_: object) -> Any:
         local = torch.zeros(num_bytes, dtype=torch.uint8)

@@ -21,11 +21,11 @@ OPS: dict[Literal["dispatch", "combine"], MetadataLayout | ValuesLayout] = {
 
 
 def layout(precision: WirePrecision, *, ranks: int = 4, tokens: int = 4096, hidden: int = 7168) -> SymmetricLayout:
-    largest = [
+    dispatch, combine = (
         max(RecordLayout(precision.leg(op, backward).kind, hidden).slot_bytes(words) for backward in (False, True))
         for op, words in OPS.items()
-    ]
-    return SymmetricLayout(ranks, 256 // ranks, tokens, *largest)
+    )
+    return SymmetricLayout(ranks, 256 // ranks, tokens, dispatch, combine)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=["default", "paper", "aggressive"])

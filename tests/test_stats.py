@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import pytest
@@ -206,7 +207,7 @@ def test_waits_are_for_who_is_late(pools: Pools, num_ranks: int, most: int) -> N
 
 
 def test_waits_are_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = {"num_experts": 4, "num_topk": 2, "hidden": 256, "num_max_tokens_per_rank": 64}
+    shape: dict[str, Any] = {"num_experts": 4, "num_topk": 2, "hidden": 256, "num_max_tokens_per_rank": 64}
     with nvlink_buffer(monkeypatch, FakeCuda(), **shape) as (buffer, transport):
         assert buffer.stats().waited_us == (0.0,)
         state = comm.State.from_address(transport._state.data_ptr())
