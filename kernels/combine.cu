@@ -130,9 +130,9 @@ __device__ __forceinline__ bool by_node(const Comm& comm, int rank) {
 }
 
 __device__ __forceinline__ int slot_of_sum(const Comm& comm, const int32_t* send_slot, int token, int rank) {
-    const int32_t* slots = send_slot + static_cast<int64_t>(token) * (comm.num_ranks + kForwardNodes);
-    if (!by_node(comm, rank)) return slots[rank];
-    return rank % max(1, kRanksPerNode) == 0 ? slots[comm.num_ranks + node_of(rank)] : -1;
+    const int64_t first = static_cast<int64_t>(token) * (comm.num_ranks + kForwardNodes);
+    if (!by_node(comm, rank)) return send_slot[first + rank];
+    return rank % max(1, kRanksPerNode) == 0 ? send_slot[first + comm.num_ranks + node_of(rank)] : -1;
 }
 
 __device__ __forceinline__ int sums_index(const Comm& comm, int rank) {

@@ -24,6 +24,8 @@ from qcomm import Buffer, Received, WireFormat, WirePrecision, reference_exchang
 from qcomm.bootstrap import process_group
 from qcomm.handle import DispatchHandle
 
+BF16, FP8, MXFP4 = WireFormat("bf16"), WireFormat("fp8"), WireFormat("mxfp4")
+WIRES = ((MXFP4, BF16), (FP8, MXFP4), (BF16, FP8))
 HIDDEN, TOPK, LOCAL_EXPERTS, TOKENS = 1024, 4, 4, 64
 ROUNDS = 20
 """Calls in a row of each kind, so that memory is used again and again."""
@@ -33,14 +35,13 @@ def main() -> None:
     with process_group(use_cuda=True) as launch:
         problems = []
         for name, decode_tokens in (("throughput", 0), ("decode", TOKENS)):
-            for dispatch_wire, combine_wire in (("mxfp4", "bf16"), ("fp8", "mxfp4"), ("bf16", "fp8")):
-                wires = WireFormat(dispatch_wire), WireFormat(combine_wire)
+            for dispatch_wire, combine_wire in WIRES:
                 try:
                     with tuning.force(decode_tokens=decode_tokens):
-                        found = list(run(launch.rank, *wires))
+                        found = list(run(launch.rank, dispatch_wire, combine_wire))
                 except Exception:
                     found = [traceback.format_exc()]
-                problems += [f"{name}, {dispatch_wire} and {combine_wire}: {problem}" for problem in found]
+                problems += [f"{name}, {dispatch_wire.kind} and {combine_wire.kind}: {problem}" for problem in found]
         gathered: list[list[str]] = [[] for _ in range(launch.num_ranks)]
         dist.all_gather_object(gathered, problems)
         if launch.rank == 0:
