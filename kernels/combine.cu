@@ -18,10 +18,11 @@ struct CombineSendParams {
     const int32_t* record_rows;       // [records, width]
     const float* record_weights;      // [records, width], or null for a plain sum
     const int32_t* record_src_token;  // [records]
-    const float* record_values;       // [records, kNumTopk] that travel behind the records, or null
+    const float* row_values;          // [rows, values_width] that travel behind the records, or null
     const uint8_t* y;                 // [rows, kHidden] bf16
     Quantizer quantizer;
     int32_t width;
+    int32_t values_width;  // 1, or kNumTopk where a record has one row
 };
 
 static_assert(sizeof(CombineSendParams) == QCOMM_SIZEOF_COMBINE_SEND, "qcomm/ops/combine.py holds the same");
@@ -118,12 +119,17 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
         i = rows.i;
         if (record < 0) return rows;
         rows.token = p.record_src_token[record];
-        if (kTakesValues && p.record_values != nullptr && lane < kNumTopk)
-            rows.value = p.record_values[static_cast<int64_t>(record) * kNumTopk + lane];
-        if (lane >= p.width) return rows;
         const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
-        rows.row = p.record_rows[entry];
-        if (p.record_weights != nullptr) rows.weight = p.record_weights[entry];
+        if (lane < p.width) {
+            rows.row = p.record_rows[entry];
+            if (p.record_weights != nullptr) rows.weight = p.record_weights[entry];
+        }
+        if (kTakesValues && p.row_values != nullptr) {
+            const int row = p.values_width == 1 ? rows.row : __shfl_sync(kAllLanes, rows.row, 0);
+            if (row >= 0 && lane < kNumTopk)
+                rows.value = p.row_values[static_cast<int64_t>(row) * p.values_width +
+                                          (p.values_width == 1 ? 0 : lane)];
+        }
         return rows;
     };
     Rows next = read(), after = read();
@@ -221,13 +227,13 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
         uint8_t* record = sender.next();
-        if (kTakesValues && p.record_values != nullptr) {
+        if (kTakesValues && p.row_values != nullptr) {
             if (lane < kNumTopk) reinterpret_cast<float*>(record + kRecordBytes)[lane] = item.values[lane];
             fence_proxy_async_shared();
             __syncwarp();
         }
         const uint32_t num_bytes =
-            kRecordBytes + (kTakesValues && p.record_values != nullptr ? kMetadataBytes : 0);
+            kRecordBytes + (kTakesValues && p.row_values != nullptr ? kMetadataBytes : 0);
         sender.send(sends ? item.destination : nullptr, sends ? item.flag : nullptr, num_bytes);
     }
     sender.finish();

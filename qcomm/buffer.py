@@ -466,7 +466,7 @@ class Buffer:
 
         Args:
             rows: as `y` of `combine`; summed without weights, on the `combine_bwd` leg.
-            row_values: `[rows]` float32, "token_major" `[rows, num_topk]`, or None.
+            row_values: `[rows]` float32, "token_major" `[rows, num_topk]`, contiguous; or None.
             handle: of the dispatch.
             seed: random bits of stochastic rounding.
 

@@ -167,6 +167,7 @@ class _Dispatch(torch.autograd.Function):
         if d_weights is not None and ctx.topk_idx is not None:
             # Of a row's entries only those are its own whose expert is here.
             d_weights = torch.where(ctx.topk_idx >= 0, d_weights, 0)
+        d_weights = None if d_weights is None else d_weights.contiguous()
         d_x, d_topk_weights = ctx.buffer._return_gradients(d_rows.contiguous(), d_weights, ctx.handle, ctx.seed)
         return d_x if ctx.needs_input_grad[0] else None, d_topk_weights if ctx.needs_input_grad[1] else None, None
 

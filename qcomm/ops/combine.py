@@ -42,10 +42,11 @@ class CombineSendParams(ctypes.Structure):
         ("record_rows", ctypes.c_uint64),
         ("record_weights", ctypes.c_uint64),
         ("record_src_token", ctypes.c_uint64),
-        ("record_values", ctypes.c_uint64),
+        ("row_values", ctypes.c_uint64),
         ("y", ctypes.c_uint64),
         ("quantizer", Quantizer),
         ("width", ctypes.c_int32),
+        ("values_width", ctypes.c_int32),
     )
 
 
@@ -112,12 +113,12 @@ def launch_send(
     launcher: Launcher,
     stream: int,
     y: torch.Tensor,
-    record_values: torch.Tensor | None,
+    row_values: torch.Tensor | None,
     handle: DispatchHandle,
     options: CombineOptions,
 ) -> None:
     """Sum each record's rows and send the sum to its token's rank, with the record's values if there are any."""
-    params = _send_params(launcher, y, record_values, handle, options)
+    params = _send_params(launcher, y, row_values, handle, options)
     _launch_sender("combine_send", launcher, stream, params, handle, options.wire, y.shape[-1])
 
 
@@ -131,12 +132,12 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
 
 
 def is_decode(
-    launcher: Launcher, handle: DispatchHandle, wire: WireFormat, record_values: torch.Tensor | None = None
+    launcher: Launcher, handle: DispatchHandle, wire: WireFormat, row_values: torch.Tensor | None = None
 ) -> bool:
     """Tell whether one kernel can do it, and is faster than a barrier, a send and a receive: where tokens are few."""
     most = launcher.tuning("combine", wire).decode_tokens
     few = handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
-    return few and record_values is None
+    return few and row_values is None
 
 
 def launch_decode(
@@ -171,7 +172,7 @@ def _launch_sender(
 def _send_params(
     launcher: Launcher,
     y: torch.Tensor,
-    record_values: torch.Tensor | None,
+    row_values: torch.Tensor | None,
     handle: DispatchHandle,
     options: CombineOptions,
 ) -> CombineSendParams:
@@ -181,10 +182,11 @@ def _send_params(
         handle.record_rows.data_ptr(),
         pointer(handle.record_topk_weights if options.weighted and handle.has_weights else None),
         handle.record_src_token.data_ptr(),
-        pointer(record_values),
+        pointer(row_values),
         y.data_ptr(),
         Quantizer.of(options.wire, options.seed, 0),
         handle.record_rows.shape[1],
+        1 if row_values is None or row_values.dim() == 1 else row_values.shape[1],
     )
 
 

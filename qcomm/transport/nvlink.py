@@ -167,14 +167,13 @@ class NvlinkTransport:
         _check_addresses(y)
         with self._call(options.async_op, y, row_values, handle) as call:
             sums = combine.allocate(handle, self._config.hidden, row_values is not None)
-            values = None if row_values is None else exchange.record_values(row_values, handle.record_rows)
-            if not options.split and combine.is_decode(self._launcher, handle, options.wire, values):
+            if not options.split and combine.is_decode(self._launcher, handle, options.wire, row_values):
                 combine.launch_decode(self._launcher, call.stream, y, handle, options, sums)
                 call.keep(*sums)
                 return sums, Ending(call.event)
             launch_barrier(self._launcher, call.stream, None)
             with call.sending() as stream:
-                combine.launch_send(self._launcher, stream, y, values, handle, options)
+                combine.launch_send(self._launcher, stream, y, row_values, handle, options)
             receive = functools.partial(
                 combine.launch_recv, self._launcher, handle=handle, wire=options.wire, sums=sums
             )
