@@ -176,23 +176,25 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
     for (uint32_t n = team.number; n < num_records; n += kTeams) {
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
+        const int num_rows = item.num_rows, token = item.token;
         Quantizer quantizer = p.quantizer;
         quantizer.subsequence = p.comm.num_ranks * (1 + item.source) + p.comm.rank;
-        uint32_t chunk = item.first_chunk;
+        Cursor<kChunks> chunk(item.first_chunk);
 #pragma unroll 1
         for (int step = 0; step < kVecsPerThread; ++step) {
             const int vec = team.vec(step);
             float sum[kVec] = {};
 #pragma unroll 1
-            for (int row = 0; row < item.num_rows; ++row, ++chunk) {
+            for (int row = 0; row < num_rows; ++row) {
                 const float weight = item.weights[row];
                 board.loaded.wait(chunk);
                 const uint4* y =
-                    reinterpret_cast<const uint4*>(chunks + chunk % kChunks * kChunkBytes) + 2 * team.thread;
+                    reinterpret_cast<const uint4*>(chunks + chunk.index * kChunkBytes) + 2 * team.thread;
                 uint32_t data[kVec / 2];
                 unpack(y[0], data);
                 unpack(y[1], data + 4);
                 board.summed.arrive(chunk);
+                chunk.next();
                 float term[kVec];
                 decode_bf16(data, term);
 #pragma unroll
@@ -201,7 +203,7 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
                     sum[e] = __fadd_rn(sum[e], term[e]);
                 }
             }
-            const LaneVec encoded = encode_wire<false>(sum, 0, quantizer, item.token, vec);
+            const LaneVec encoded = encode_wire<false>(sum, 0, quantizer, token, vec);
             write_record(stage_of(stages, n), encoded, vec);
         }
         board.outbox.hand_over(n);
@@ -217,6 +219,7 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
     Sender sender(board.outbox, stages, epoch);
     const int lane = threadIdx.x % 32;
     bool came = true;
+    if (kBegins && blockIdx.x == 0 && sender.number() == 0) announce(comm, epoch);
     if (kBegins && lane < comm.num_ranks) {
         const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.barrier_flags) + lane;
         came = blockIdx.x == 0 && sender.number() == 0 ? wait_for_peer(comm, flag, epoch, lane, kPhaseBarrier)
@@ -373,7 +376,6 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.send.comm;
     const uint32_t epoch = comm.state->epoch + 1;
     if (threadIdx.x == 0) init(board);
-    if (blockIdx.x == 0) announce(comm, epoch);
     if (!__syncthreads_or(timed_out(comm))) {
         reduce_and_send<true>(p.send, epoch, board, shared);
         add_sums(p.recv, epoch);

@@ -467,13 +467,14 @@ def test_recv_teams(hidden: int, budget: comm.Budget) -> None:
 SENDING = [
     (dispatch._SEND, dispatch._SENDERS, 0),
     (dispatch_decode._BUDGET, dispatch_decode._SENDERS, 0),
-    (combine._SEND, combine._SENDERS, combine._MAX_CHUNKS),
-    (combine._DECODE, combine._SENDERS, combine._MAX_CHUNKS),
+    (combine._SEND, 2, combine._MAX_CHUNKS),
+    (combine._SEND_STOCHASTIC, 1, combine._MAX_CHUNKS),
+    (combine._DECODE, 1, combine._MAX_CHUNKS),
 ]
 
 
 @pytest.mark.parametrize(
-    ("budget", "senders", "chunks"), SENDING, ids=["dispatch", "dispatch_decode", "combine", "combine_decode"]
+    ("budget", "senders", "chunks"), SENDING, ids=["dispatch", "dispatch_decode", "combine", "combine_stochastic", "combine_decode"]
 )
 @pytest.mark.parametrize("hidden", HIDDENS)
 def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int) -> None:
@@ -483,13 +484,13 @@ def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int)
         # A team that waits for a stage that another one holds must not hold one that it waits for.
         assert shared.count <= shared.stages
         assert shared.helpers == senders + min(chunks, 1)
-        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 512
+        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 768
         assert shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
         assert min(chunks, 1) <= shared.chunks <= chunks
     make, rest = comm.send_teams, {"rings": 1, "helpers": 2}
     assert make(7168, 3968, dispatch._SEND, 2) == comm.Teams(14, 1, 12, 3968, chunks=0, **rest)
     assert make(40960, 81920, dispatch._SEND, 2) == comm.Teams(14, 1, 1, 81920, chunks=0, **rest)
-    assert make(7168, 14336, combine._SEND, 1, 12) == comm.Teams(14, 1, 4, 14336, chunks=8, **rest)
+    assert make(7168, 14336, combine._DECODE, 1, 12) == comm.Teams(14, 1, 2, 14336, chunks=4, **rest)
 
 
 def test_recv_stage_bytes() -> None:

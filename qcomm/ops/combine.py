@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from qcomm.exchange import CombineOptions, Sums
-from qcomm.formats import WireFormat
+from qcomm.formats import Rounding, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import (
@@ -26,10 +26,11 @@ from qcomm.ops.comm import (
 from qcomm.records import RecordLayout, ValuesLayout
 from qcomm.tuning import Tuning
 
-_SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
+_SEND = Budget(warps=21, team_warps=7, registers=56, shared_bytes=172 * 1024, stages=6)
+_SEND_STOCHASTIC = Budget(warps=14, team_warps=14, registers=72, shared_bytes=172 * 1024, stages=6)
 _DECODE = Budget(warps=14, team_warps=14, registers=56, shared_bytes=96 * 1024, stages=6)
-_SENDERS = 1
-_MAX_CHUNKS = 12
+_MAX_CHUNKS = 24
+_RECV_THREADS = 256
 _DECODE_FLAGS = {"in_flight": 2, "flags_together": 1}
 
 
@@ -71,7 +72,8 @@ class CombineDecodeParams(ctypes.Structure):
 def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     decodes = name == "combine_decode"
-    sharing, budget = _send_teams(wire, hidden, num_topk, decodes=decodes), _DECODE if decodes else _SEND
+    sharing = _send_teams(wire, hidden, num_topk, decodes=decodes)
+    budget, senders = _budget(wire, decodes=decodes)
     return spec(
         "combine",
         name,
@@ -80,8 +82,8 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
-        recv_threads=_recv_threads(wire),
-        senders=_SENDERS,
+        recv_threads=_RECV_THREADS,
+        senders=senders,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
         **(_DECODE_FLAGS if decodes else tuning.constants),
@@ -90,15 +92,18 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
     )
 
 
-def _recv_threads(wire: WireFormat) -> int:
-    """Return the threads of a block of `combine_recv`; a rotation takes more registers."""
-    return 256 if wire.hadamard else 384
+def _budget(wire: WireFormat, *, decodes: bool) -> tuple[Budget, int]:
+    """Return what a sending kernel may take, and its sending warps; random bits take more registers."""
+    if decodes:
+        return _DECODE, 1
+    return (_SEND_STOCHASTIC, 1) if wire.rounding is Rounding.STOCHASTIC else (_SEND, 2)
 
 
 def _send_teams(wire: WireFormat, hidden: int, num_topk: int, *, decodes: bool = False) -> Teams:
     """Return the teams of a block of `combine_send` or `combine_decode`."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(ValuesLayout(num_topk))
-    return send_teams(hidden, slot_bytes, _DECODE if decodes else _SEND, _SENDERS, _MAX_CHUNKS)
+    budget, senders = _budget(wire, decodes=decodes)
+    return send_teams(hidden, slot_bytes, budget, senders, _MAX_CHUNKS)
 
 
 def allocate(handle: DispatchHandle, hidden: int, has_values: bool) -> Sums:
@@ -128,7 +133,7 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
         tuning, num_topk = launcher.tuning("combine", wire), handle.record_topk_idx.shape[1]
         key = combine_spec, "combine_recv", decoding(wire), sums.out.shape[1], num_topk, tuning
         params = _recv_params(launcher, handle, sums)
-        launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
+        launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _RECV_THREADS, 0, stream, params)
 
 
 def is_decode(
@@ -163,7 +168,7 @@ def _launch_sender(
     hidden: int,
 ) -> None:
     num_topk = handle.record_topk_idx.shape[1]
-    sharing = _send_teams(wire, hidden, num_topk, decodes=name == "combine_decode")
+    sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
     kernel.launch(launcher.blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)

@@ -67,7 +67,6 @@ class Comm(ctypes.Structure):
         ("chunk_counts", ctypes.c_uint64),
         ("deadline_ns", ctypes.c_uint64),
         ("barrier_flags", ctypes.c_uint64),
-        ("route_flags", ctypes.c_uint64),
         ("counts", ctypes.c_uint64),
         ("dispatch_flags", ctypes.c_uint64),
         ("combine_flags", ctypes.c_uint64),
