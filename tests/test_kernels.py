@@ -474,7 +474,9 @@ SENDING = [
 
 
 @pytest.mark.parametrize(
-    ("budget", "senders", "chunks"), SENDING, ids=["dispatch", "dispatch_decode", "combine", "combine_stochastic", "combine_decode"]
+    ("budget", "senders", "chunks"),
+    SENDING,
+    ids=["dispatch", "dispatch_decode", "combine", "combine_stochastic", "combine_decode"],
 )
 @pytest.mark.parametrize("hidden", HIDDENS)
 def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int) -> None:

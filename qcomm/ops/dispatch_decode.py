@@ -9,6 +9,7 @@ from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
+from qcomm.ops import count
 from qcomm.ops.comm import (
     MAX_BLOCK_SHARED_BYTES,
     Budget,
@@ -19,7 +20,6 @@ from qcomm.ops.comm import (
     spec,
     wire_constants,
 )
-from qcomm.ops import count
 from qcomm.ops.dispatch import (
     DispatchRecvParams,
     DispatchSendParams,
