@@ -121,7 +121,7 @@ def table_bytes(launcher: Launcher, num_tokens: int) -> int:
 
 
 def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
-    """Return the teams of a block, one for each sending warp where there is room, with a record and their rows a stage."""
+    """Return the teams of a block, one for each sender where there is room; a stage holds a record and their rows."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
     row_bytes = recv_stage_bytes(recv_dtype, hidden)
     teams = _SENDERS if 2 * (slot_bytes + _SENDERS * row_bytes) <= _BUDGET.shared_bytes else 1
