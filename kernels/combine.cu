@@ -42,6 +42,11 @@ constexpr int kChunkBytes = 2 * kVec * kTeamThreads;
 constexpr int kChunks = QCOMM_CHUNKS;
 static_assert(kChunkBytes == QCOMM_CHUNK_BYTES, "qcomm/ops/combine.py computes the same");
 
+// Chunks of a record that are on their way before its team is told of it. A team that is not the only one may
+// look for a chunk only then: before, what was in the chunk's place may still be on its own way, and a
+// barrier cannot tell one use from the next but one.
+constexpr uint32_t kLoadedFirst = kTeams == 1 ? 0 : kChunks;
+
 // What the warp that loads a record's rows tells those that sum and send it.
 struct Item {
     uint8_t* destination;
@@ -153,11 +158,12 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
             item.first_chunk = chunk;
             item.num_rows = __popc(mask);
         }
-        board.told.arrive(n);
+        const uint32_t first_chunk = chunk;
 #pragma unroll 1
         for (int step = 0; step < kVecsPerThread; ++step) {
             const int num_bytes = min(kChunkBytes, 2 * kHidden - step * kChunkBytes);
             for (uint32_t left = mask; left != 0; left &= left - 1, ++chunk) {
+                if (chunk - first_chunk == kLoadedFirst) board.told.arrive(n);
                 const int row = __shfl_sync(kAllLanes, rows.row, __ffs(left) - 1);
                 board.summed.wait_before(chunk);
                 if (lane != 0) continue;
@@ -166,6 +172,7 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
                 bulk_load(chunks + chunk % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(chunk));
             }
         }
+        if (chunk - first_chunk <= kLoadedFirst) board.told.arrive(n);
     }
 }
 

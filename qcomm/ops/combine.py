@@ -73,7 +73,7 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     decodes = name == "combine_decode"
     sharing = _send_teams(wire, hidden, num_topk, decodes=decodes)
-    budget, senders = _budget(wire, decodes=decodes)
+    budget, _ = _budget(wire, decodes=decodes)
     return spec(
         "combine",
         name,
@@ -83,7 +83,7 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
         recv_threads=_RECV_THREADS,
-        senders=senders,
+        senders=sharing.senders,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
         **(_DECODE_FLAGS if decodes else tuning.constants),

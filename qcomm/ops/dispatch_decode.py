@@ -67,7 +67,7 @@ def dispatch_decode_spec(
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
         **count.host_constants(),
-        senders=_SENDERS,
+        senders=sharing.senders,
         **tuning.constants,
         **sharing.constants(_BUDGET),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
