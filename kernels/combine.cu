@@ -146,7 +146,8 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
         board.outbox.read.wait_before(n);
         Item& item = board.items[n % kStages];
         const uint32_t mask = __ballot_sync(kAllLanes, rows.row >= 0);
-        if (rows.row >= 0) item.weights[__popc(mask & ((1u << lane) - 1))] = rows.weight;
+        const int num_rows = __popc(mask), mine = __popc(mask & ((1u << lane) - 1));
+        if (rows.row >= 0) item.weights[mine] = rows.weight;
         if (kTakesValues && lane < kNumTopk) item.values[lane] = rows.value;
         if (lane == 0) {
             const int source = records.source(rows.i);
@@ -156,23 +157,31 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
             item.token = rows.token;
             item.source = source;
             item.first_chunk = chunk;
-            item.num_rows = __popc(mask);
+            item.num_rows = num_rows;
         }
-        const uint32_t first_chunk = chunk;
+        // Each lane loads its row, as many at a time as the ring has room for.
+        uint32_t done = 0;
 #pragma unroll 1
         for (int step = 0; step < kVecsPerThread; ++step) {
             const int num_bytes = min(kChunkBytes, 2 * kHidden - step * kChunkBytes);
-            for (uint32_t left = mask; left != 0; left &= left - 1, ++chunk) {
-                if (chunk - first_chunk == kLoadedFirst) board.told.arrive(n);
-                const int row = __shfl_sync(kAllLanes, rows.row, __ffs(left) - 1);
-                board.summed.wait_before(chunk);
-                if (lane != 0) continue;
-                const uint8_t* y = p.y + static_cast<int64_t>(row) * (2 * kHidden) + step * kChunkBytes;
-                mbarrier_arrive_expect(board.loaded.of(chunk), num_bytes);
-                bulk_load(chunks + chunk % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(chunk));
+            for (int first = 0; first < num_rows;) {
+                const int last = min(num_rows, static_cast<int>(first + kChunks - done % kChunks));
+                if (done == kLoadedFirst) board.told.arrive(n);
+                if (rows.row >= 0 && mine >= first && mine < last) {
+                    const uint32_t at = chunk + mine - first;
+                    const uint8_t* y =
+                        p.y + static_cast<int64_t>(rows.row) * (2 * kHidden) + step * kChunkBytes;
+                    board.summed.wait_before(at);
+                    mbarrier_arrive_expect(board.loaded.of(at), num_bytes);
+                    bulk_load(chunks + at % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(at));
+                }
+                __syncwarp();
+                chunk += last - first;
+                done += last - first;
+                first = last;
             }
         }
-        if (chunk - first_chunk <= kLoadedFirst) board.told.arrive(n);
+        if (done <= kLoadedFirst) board.told.arrive(n);
     }
 }
 

@@ -492,7 +492,7 @@ def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int)
         # A stage has one sender, and no team gets so far ahead of one that a barrier's phases look alike.
         assert shared.stages % shared.senders == 0
         assert chunks or shared.count * shared.senders <= shared.stages
-        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 768
+        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 544
         assert shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
         assert min(chunks, 1) <= shared.chunks <= chunks
     make, rest = comm.send_teams, {"rings": 1, "senders": 2, "helpers": 2}
@@ -501,7 +501,7 @@ def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int)
     rest = {"rings": 1, "senders": 1, "helpers": 1}
     assert make(40960, 81920, dispatch._SEND, 2) == comm.Teams(14, 1, 1, 81920, chunks=0, **rest)
     rest = {"rings": 1, "senders": 2, "helpers": 3}
-    assert make(7168, 14336, combine._SEND, 2, 24) == comm.Teams(7, 3, 4, 14336, chunks=16, **rest)
+    assert make(7168, 14336, combine._SEND, 2, 24) == comm.Teams(14, 1, 4, 14336, chunks=8, **rest)
 
 
 def test_recv_stage_bytes() -> None:

@@ -26,11 +26,10 @@ from qcomm.ops.comm import (
 from qcomm.records import RecordLayout, ValuesLayout
 from qcomm.tuning import Tuning
 
-_SEND = Budget(warps=21, team_warps=7, registers=56, shared_bytes=172 * 1024, stages=6)
+_SEND = Budget(warps=14, team_warps=14, registers=64, shared_bytes=172 * 1024, stages=6)
 _SEND_STOCHASTIC = Budget(warps=14, team_warps=14, registers=72, shared_bytes=172 * 1024, stages=6)
 _DECODE = Budget(warps=14, team_warps=14, registers=56, shared_bytes=96 * 1024, stages=6)
 _MAX_CHUNKS = 24
-_RECV_THREADS = 256
 _DECODE_FLAGS = {"in_flight": 2, "flags_together": 1}
 
 
@@ -82,7 +81,7 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
         sizeof_combine_send=ctypes.sizeof(CombineSendParams),
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
-        recv_threads=_RECV_THREADS,
+        recv_threads=_recv_threads(wire),
         senders=sharing.senders,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
@@ -90,6 +89,11 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
         **sharing.constants(budget),
         **wire_constants(wire, hidden, ValuesLayout(num_topk)),
     )
+
+
+def _recv_threads(wire: WireFormat) -> int:
+    """Return the threads of a block of `combine_recv`; a rotation takes more registers."""
+    return 256 if wire.hadamard else 384
 
 
 def _budget(wire: WireFormat, *, decodes: bool) -> tuple[Budget, int]:
@@ -133,7 +137,7 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
         tuning, num_topk = launcher.tuning("combine", wire), handle.record_topk_idx.shape[1]
         key = combine_spec, "combine_recv", decoding(wire), sums.out.shape[1], num_topk, tuning
         params = _recv_params(launcher, handle, sums)
-        launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _RECV_THREADS, 0, stream, params)
+        launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
 
 
 def is_decode(
