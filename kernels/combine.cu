@@ -59,10 +59,22 @@ struct Item {
     float values[kNumTopk];
 };
 
+// What the loading warp reads of a record ahead of its rows, by asynchronous copies.
+struct Ahead {
+    int32_t rows[kNumTopk];  // -1 for none
+    float weights[kNumTopk];
+    float values[kNumTopk];
+    int32_t token;
+    int32_t i;  // see BlockRecords
+};
+
+constexpr uint32_t kRowsAhead = 6, kValuesAhead = 3, kAhead = 8;  // records
+
 // What the warps of a block share.
 struct SumBoard {
     Outbox outbox;
     Item items[kStages];
+    Ahead ahead[kAhead];
     Signals<kStages> told;    // the item is there
     Signals<kChunks> loaded;  // the chunk is there
     Signals<kChunks> summed;  // and may be overwritten
@@ -101,60 +113,72 @@ struct BlockRecords {
     }
 };
 
-// One record's rows, one a lane, as they were read ahead.
-struct Rows {
-    int i;
-    int token;
-    int row;  // -1 for none
-    float weight;
-    float value;
-};
-
-// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk.
+// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk. What
+// it must know of a record itself it begins to read records before: kRowsAhead of them which rows there are,
+// and, when that is known, kValuesAhead of them the numbers that travel along.
 __device__ __forceinline__ void load_rows(const CombineSendParams& p, const BlockRecords& records,
                                           int num_records, SumBoard& board, uint8_t* chunks) {
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
+    const bool takes_values = kTakesValues && p.row_values != nullptr;
     int i = blockIdx.x - gridDim.x;
-    const auto read = [&] {
-        Rows rows = {i, 0, -1, 1.0f, 0.0f};
+    const auto row_of = [&](uint32_t n) { return lane < p.width ? board.ahead[n % kAhead].rows[lane] : -1; };
+    const auto read_rows = [&](uint32_t n) {
+        if (n >= num_records) return;
         int record = -1;
-        while (record < 0 && rows.i < records.total)
-            record = records.record(rows.i += gridDim.x);
-        i = rows.i;
-        if (record < 0) return rows;
-        rows.token = p.record_src_token[record];
+        while (record < 0)
+            record = records.record(i += gridDim.x);
+        Ahead& ahead = board.ahead[n % kAhead];
         const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
         if (lane < p.width) {
-            rows.row = p.record_rows[entry];
-            if (p.record_weights != nullptr) rows.weight = p.record_weights[entry];
+            copy_async<4>(ahead.rows + lane, p.record_rows + entry, true);
+            if (p.record_weights != nullptr)
+                copy_async<4>(ahead.weights + lane, p.record_weights + entry, true);
         }
-        if (kTakesValues && p.row_values != nullptr) {
-            const int row = p.values_width == 1 ? rows.row : __shfl_sync(kAllLanes, rows.row, 0);
-            if (row >= 0 && lane < kNumTopk)
-                rows.value = p.row_values[static_cast<int64_t>(row) * p.values_width +
-                                          (p.values_width == 1 ? 0 : lane)];
-        }
-        return rows;
+        if (lane != 0) return;
+        copy_async<4>(&ahead.token, p.record_src_token + record, true);
+        ahead.i = i;
     };
-    Rows next = read(), after = read();
+    const auto read_values = [&](uint32_t n) {
+        if (n >= num_records) return;
+        int row = row_of(n);
+        if (p.values_width != 1) row = __shfl_sync(kAllLanes, row, 0);
+        const int64_t entry = static_cast<int64_t>(row) * p.values_width + (p.values_width == 1 ? 0 : lane);
+        if (lane < kNumTopk)
+            copy_async<4>(board.ahead[n % kAhead].values + lane, p.row_values + (row < 0 ? 0 : entry),
+                          row >= 0);
+    };
+    for (uint32_t n = 0; n < kRowsAhead; ++n) {
+        read_rows(n);
+        copy_commit();
+    }
+    if (takes_values) {
+        copy_wait<0>();
+        for (uint32_t n = 0; n < kValuesAhead; ++n)
+            read_values(n);
+        copy_commit();
+        copy_wait<0>();
+    }
     uint32_t chunk = 0;
     for (uint32_t n = 0; n < num_records; ++n) {
-        const Rows rows = next;
-        next = after;
-        after = read();
+        copy_wait<kValuesAhead - 1>();
+        read_rows(n + kRowsAhead);
+        if (takes_values) read_values(n + kValuesAhead);
+        copy_commit();
+        const Ahead& ahead = board.ahead[n % kAhead];
+        const int row = row_of(n);
         board.outbox.read.wait_before(n);
         Item& item = board.items[n % kStages];
-        const uint32_t mask = __ballot_sync(kAllLanes, rows.row >= 0);
+        const uint32_t mask = __ballot_sync(kAllLanes, row >= 0);
         const int num_rows = __popc(mask), mine = __popc(mask & ((1u << lane) - 1));
-        if (rows.row >= 0) item.weights[mine] = rows.weight;
-        if (kTakesValues && lane < kNumTopk) item.values[lane] = rows.value;
+        if (row >= 0) item.weights[mine] = p.record_weights != nullptr ? ahead.weights[lane] : 1.0f;
+        if (takes_values && lane < kNumTopk) item.values[lane] = ahead.values[lane];
         if (lane == 0) {
-            const int source = records.source(rows.i);
-            const int64_t index = slot_index(comm, comm.rank, records.slot(rows.i));
+            const int source = records.source(ahead.i);
+            const int64_t index = slot_index(comm, comm.rank, records.slot(ahead.i));
             item.destination = region<uint8_t>(comm, source, comm.combine_records) + index * kSlotBytes;
             item.flag = region<uint32_t>(comm, source, comm.combine_flags) + index;
-            item.token = rows.token;
+            item.token = ahead.token;
             item.source = source;
             item.first_chunk = chunk;
             item.num_rows = num_rows;
@@ -167,10 +191,9 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
             for (int first = 0; first < num_rows;) {
                 const int last = min(num_rows, static_cast<int>(first + kChunks - done % kChunks));
                 if (done == kLoadedFirst) board.told.arrive(n);
-                if (rows.row >= 0 && mine >= first && mine < last) {
+                if (row >= 0 && mine >= first && mine < last) {
                     const uint32_t at = chunk + mine - first;
-                    const uint8_t* y =
-                        p.y + static_cast<int64_t>(rows.row) * (2 * kHidden) + step * kChunkBytes;
+                    const uint8_t* y = p.y + static_cast<int64_t>(row) * (2 * kHidden) + step * kChunkBytes;
                     board.summed.wait_before(at);
                     mbarrier_arrive_expect(board.loaded.of(at), num_bytes);
                     bulk_load(chunks + at % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(at));

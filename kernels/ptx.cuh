@@ -225,9 +225,11 @@ __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits for all of this thread's copies; a barrier then shows them to the block.
+// Waits until at most kPending of this thread's latest groups of copies are incomplete; a barrier then shows
+// the others to the block.
+template <int kPending>
 __device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Packed 16-bit arithmetic: a * b + c rounded once, a * b, and integer minimum and maximum.
