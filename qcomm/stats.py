@@ -55,6 +55,10 @@ class CallLog:
     dispatched: tuple[DispatchHandle, torch.Tensor, WireFormat] | None = None
     combined: tuple[DispatchHandle, WireFormat] | None = None
 
+    def forget(self) -> None:
+        """Let go of what the last calls returned, which is about to be overwritten."""
+        self.dispatched = self.combined = None
+
     def stats(
         self, rank: int, num_ranks: int, num_local_experts: int, hidden: int, waited_ns: Sequence[int]
     ) -> BufferStats:
