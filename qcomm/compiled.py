@@ -30,7 +30,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@torch.compiler.disable(reason="qcomm: a call that is not static waits for counts on the host; static=True compiles")
+_REASON = (
+    "of qcomm only dispatch and combine with static=True are part of a graph; other calls wait for counts on the host, "
+    "and swiglu_experts may"
+)
+
+
+@torch.compiler.disable(reason=_REASON)
 def outside(call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Call outside of the graph."""
     return call(*args, **kwargs)
