@@ -17,8 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import qcomm
 from qcomm import Buffer, DispatchHandle, QcommRoutingError, Received, WirePrecision
+from qcomm.exchange import DispatchOptions
 from qcomm.flattened import cut, facts_of, handle_of, joined, route_of, shapes_of
 from qcomm.formats import ScaleLayout
+from qcomm.handle import Owner
+from qcomm.transport.nvlink import NvlinkTransport
 
 COMPILERS = ("aot_eager", "inductor")
 LEGS = WirePrecision(MXFP4, BF16, FP8, BF16)
@@ -267,3 +270,20 @@ def test_a_handle_is_taken_apart_and_put_together(layout: Any) -> None:
     again = handle_of(layout, facts, cut(piece, shapes))
     for a, b in zip(route_of(again), route_of(handle), strict=True):
         assert equal_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", ["expert_major", "batched", "token_major"])
+def test_nvlinks_handle_is_joined_without_a_copy(layout: Any) -> None:
+    options = DispatchOptions(layout, "bf16", 32, False, True, None, ScaleLayout.ROW_MAJOR, BF16, 0, False)
+    transport: Any = SimpleNamespace(
+        _config=SimpleNamespace(num_max_tokens_per_rank=16),
+        _member=SimpleNamespace(num_ranks=2, device=torch.device("cpu")),
+        _layout=SimpleNamespace(num_local_experts=3),
+        _owner=Owner(3, 1),
+    )
+    handle, *_ = NvlinkTransport._draft(transport, torch.zeros(5, 4, dtype=torch.int64), None, options)
+    shapes = shapes_of(layout, facts_of(handle), [2, 3, 4, 32], 5)
+    again = handle_of(layout, facts_of(handle), cut(joined(handle, shapes), shapes))
+    for a, b in zip(route_of(again), route_of(handle), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert not a.numel() or a.data_ptr() == b.data_ptr()
