@@ -115,6 +115,9 @@ class Decoder(nn.Module):
         seed: of the initial weights.
     """
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(
         self,
         config: DecoderConfig,

@@ -16,7 +16,9 @@ from qcomm import resources
 
 sys.path.insert(0, str(resources.find("benchmarks")))
 
-import bench_layer
+import layer_memory
+
+from qcomm.moe import MoEConfig
 
 LAYERS = ["nccl once", "nccl pairs", "bf16", "fp8", "paper", "aggressive"]
 WRONG_BASELINE = """
@@ -125,16 +127,16 @@ def test_largest_batch_bisects(monkeypatch: pytest.MonkeyPatch) -> None:
         tried.append(x.shape[0])
         return 100 * x.shape[0] * stack
 
-    monkeypatch.setattr(bench_layer.layer_memory, "_peak", peak)
+    monkeypatch.setattr(layer_memory, "_peak", peak)
     member, layer = (type("Stub", (), values) for values in _stubs())
     for budget, want in ((100 * 2 * 1280, 1280), (100 * 2 * 1279, 1152), (0, 0), (10**9, 4096)):
-        got = bench_layer.layer_memory.largest_batch(member, layer, 4096, budget, 2, 0)  # type: ignore[arg-type]
+        got = layer_memory.largest_batch(member, layer, 4096, budget, 2, 0)  # type: ignore[arg-type]
         assert got == want
     assert len(tried) <= 4 * 6
 
 
 def _stubs() -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"device": torch.device("cpu"), "rank": 0}, {"config": bench_layer.MoEConfig(128, 128, 4, 2)}
+    return {"device": torch.device("cpu"), "rank": 0}, {"config": MoEConfig(128, 128, 4, 2)}
 
 
 @pytest.mark.gpu
