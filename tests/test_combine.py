@@ -120,6 +120,9 @@ KINDS: dict[str, tuple[XKind, ...]] = {
 }
 
 
+_TOGETHER = 40
+
+
 def _random_cases(count: int, seed: int) -> list[Case]:
     draw = random.Random(seed)
     drawn = []
@@ -164,4 +167,6 @@ def test_random_cases(target: Target) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     count = int(os.environ.get(RANDOM_CASES, 300 if target.pool.device == "cuda" else 40))
-    cases.no_problems(target.run(cases.run_cases, _random_cases(count, seed)))
+    todo = _random_cases(count, seed)
+    for first in range(0, count, _TOGETHER):
+        cases.no_problems(target.run(cases.run_cases, todo[first : first + _TOGETHER]))
