@@ -92,7 +92,7 @@ def points(lines: Iterable[Line]) -> list[Point]:
     """Pick the lines that the model is fitted to."""
     found = []
     for line in lines:
-        if (line["benchmark"], line["call"]) not in _CALLS:
+        if (line["benchmark"], line.get("call")) not in _CALLS:
             continue
         if line["backend"] != "nvlink" or not line["ceiling_gbs"]:
             continue
