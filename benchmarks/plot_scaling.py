@@ -58,10 +58,12 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         for axes in (times, sent):
             axes.set_xscale("log", base=2)
             axes.set_xticks(counts, [str(count) for count in counts])
-            axes.set_ylim(bottom=0)
+        times.set_yscale("log", base=2)
+        times.yaxis.set_major_formatter("{x:g}")
+        sent.set_ylim(bottom=0)
         sent.set_xlabel("nodes")
     grid[0][0].set_ylabel("expected time, µs")
-    grid[1][0].set_ylabel("kB a token by RDMA")
+    grid[1][0].set_ylabel("kB a token by RDMA, mean of all GPUs")
     first, sizes = found[0], found[0]["geometry"]
     shape = (
         f"{sizes['tokens']} tokens a rank, hidden {sizes['hidden']}, top-{sizes['topk']}, {first['routing']} routing"
