@@ -58,8 +58,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         for axes in (times, sent):
             axes.set_xscale("log", base=2)
             axes.set_xticks(counts, [str(count) for count in counts])
-        times.set_yscale("log", base=2)
-        times.yaxis.set_major_formatter("{x:g}")
+        times.set_yscale("log")
+        times.yaxis.set_major_formatter("{x:,.0f}")
         sent.set_ylim(bottom=0)
         sent.set_xlabel("nodes")
     grid[0][0].set_ylabel("expected time, µs")
