@@ -6,7 +6,9 @@ The only place that knows them; kernels get the numbers as compile-time constant
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+from qcomm.config import BufferConfig
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WireKind
 
 RECORD_ALIGNMENT = 16
@@ -102,8 +104,31 @@ def align(value: int, multiple: int) -> int:
 SYMMETRIC_ALIGNMENT = 256
 
 
+class _Parts:
+    """Parts of an allocation, one after the other."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each part, in order."""
+        raise NotImplementedError
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Offset of each part."""
+        offsets, end = {}, 0
+        for name, size in self.sizes.items():
+            offsets[name] = end
+            end += align(size, SYMMETRIC_ALIGNMENT)
+        return offsets
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+        return sum(align(size, SYMMETRIC_ALIGNMENT) for size in self.sizes.values())
+
+
 @dataclasses.dataclass(frozen=True)
-class SymmetricLayout:
+class SymmetricLayout(_Parts):
     """Offsets of the parts of a rank's symmetric memory; the same on every rank.
 
     Every part is indexed by source rank, so that no two ranks write one place. Counts exist twice, for even and odd
@@ -129,16 +154,60 @@ class SymmetricLayout:
             "combine_records": slots * self.combine_slot_bytes,
         }
 
-    @property
-    def offsets(self) -> dict[str, int]:
-        """Offset of each part."""
-        offsets, end = {}, 0
-        for name, size in self.sizes.items():
-            offsets[name] = end
-            end += align(size, SYMMETRIC_ALIGNMENT)
-        return offsets
+
+@dataclasses.dataclass(frozen=True)
+class StagingLayout(_Parts):
+    """What a rank's symmetric memory holds besides `SymmetricLayout` where records travel by node.
+
+    A rank has one partner in each other node, the GPU of its own local index, and exchanges with no other rank of that
+    node. An inbox has a slot for each token of each partner, with a signal of 64 bits, as NVSHMEM has them; RDMA reads
+    from the outboxes. Dispatch sends one record of a token to all nodes, combine another one to each. Records that are
+    forwarded, and the sums that a node's ranks bring together, take the slots of `SymmetricLayout` that the rank they
+    came from, or are for, has there anyway.
+    """
+
+    num_nodes: int
+    max_tokens: int
+    dispatch_slot_bytes: int
+    combine_slot_bytes: int
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes in all."""
-        return sum(align(size, SYMMETRIC_ALIGNMENT) for size in self.sizes.values())
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each part, in order; nothing on one node."""
+        slots = (self.num_nodes - 1) * self.max_tokens
+        return {
+            "dispatch_signals": 8 * slots,
+            "combine_signals": 8 * slots,
+            "dispatch_outbox": min(slots, self.max_tokens) * self.dispatch_slot_bytes,
+            "combine_outbox": slots * self.combine_slot_bytes,
+            "dispatch_inbox": slots * self.dispatch_slot_bytes,
+            "combine_inbox": slots * self.combine_slot_bytes,
+        }
+
+
+def symmetric_layout(config: BufferConfig, num_ranks: int) -> SymmetricLayout:
+    """Lay out a rank's symmetric memory; slots hold the larger of the forward and the backward leg."""
+    return SymmetricLayout(
+        num_ranks=num_ranks,
+        num_local_experts=config.num_experts // num_ranks,
+        max_tokens=config.num_max_tokens_per_rank,
+        dispatch_slot_bytes=_largest_slot(config, "dispatch", MetadataLayout(config.num_topk)),
+        combine_slot_bytes=_largest_slot(config, "combine", ValuesLayout(config.num_topk)),
+    )
+
+
+def staging_layout(config: BufferConfig, num_nodes: int) -> StagingLayout:
+    """Lay out what a rank needs besides where records travel by node."""
+    return StagingLayout(
+        num_nodes=num_nodes,
+        max_tokens=config.num_max_tokens_per_rank,
+        dispatch_slot_bytes=_largest_slot(config, "dispatch", MetadataLayout(config.num_topk)),
+        combine_slot_bytes=_largest_slot(config, "combine", ValuesLayout(config.num_topk)),
+    )
+
+
+def _largest_slot(
+    config: BufferConfig, op: Literal["dispatch", "combine"], behind: MetadataLayout | ValuesLayout
+) -> int:
+    legs = (config.precision.leg(op, backward) for backward in (False, True))
+    return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)

@@ -5,27 +5,32 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pytest
+from fake_cuda import FakeCuda, nvlink_buffer
 
+from qcomm.config import BufferConfig
 from qcomm.formats import WirePrecision
-from qcomm.records import SYMMETRIC_ALIGNMENT, MetadataLayout, RecordLayout, SymmetricLayout, ValuesLayout
+from qcomm.records import (
+    SYMMETRIC_ALIGNMENT,
+    MetadataLayout,
+    RecordLayout,
+    SymmetricLayout,
+    staging_layout,
+    symmetric_layout,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 PRECISIONS = {"": WirePrecision(), "paper": WirePrecision.paper(), "aggressive": WirePrecision.aggressive()}
-OPS: dict[Literal["dispatch", "combine"], MetadataLayout | ValuesLayout] = {
-    "dispatch": MetadataLayout(8),
-    "combine": ValuesLayout(8),
-}
 
 
-def layout(precision: WirePrecision, *, ranks: int = 4, tokens: int = 4096, hidden: int = 7168) -> SymmetricLayout:
-    largest = [
-        max(RecordLayout(precision.leg(op, backward).kind, hidden).slot_bytes(words) for backward in (False, True))
-        for op, words in OPS.items()
-    ]
-    return SymmetricLayout(ranks, 256 // ranks, tokens, *largest)
+def config(precision: WirePrecision, *, tokens: int = 4096, hidden: int = 7168) -> BufferConfig:
+    return BufferConfig(256, 8, hidden, tokens, precision, "nvlink", "torch", "cuda")
+
+
+def layout(precision: WirePrecision, *, ranks: int = 4, tokens: int = 4096) -> SymmetricLayout:
+    return symmetric_layout(config(precision, tokens=tokens), ranks)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=["default", "paper", "aggressive"])
@@ -60,6 +65,34 @@ def test_little_beside_the_records(ranks: int, tokens: int, precision: WirePreci
         )
     )
     assert made.num_bytes < 1.05 * held
+
+
+def test_a_buffer_allocates_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape: dict[str, Any] = {"num_experts": 4, "num_topk": 2, "hidden": 256, "num_max_tokens_per_rank": 64}
+    with nvlink_buffer(monkeypatch, FakeCuda(), **shape) as (buffer, _):
+        shaped = BufferConfig(**shape, precision=WirePrecision(), backend="nvlink", provider="torch", device_type="cpu")
+        assert buffer.symmetric_bytes == symmetric_layout(shaped, 1).num_bytes > 0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=["default", "paper", "aggressive"])
+def test_staging_grows_with_nodes_and_tokens(precision: WirePrecision) -> None:
+    assert staging_layout(config(precision), 1).num_bytes == 0
+    for nodes, tokens in itertools.product((2, 8, 128), (1, 128, 4096)):
+        made, flat = staging_layout(config(precision, tokens=tokens), nodes), layout(precision, tokens=tokens)
+        slots = (nodes - 1) * tokens
+        dispatch, combine = flat.dispatch_slot_bytes, flat.combine_slot_bytes
+        exact = slots * (16 + dispatch + 2 * combine) + tokens * dispatch
+        assert exact <= made.num_bytes < exact + len(made.sizes) * SYMMETRIC_ALIGNMENT
+        assert next(iter(made.offsets.values())) == 0
+        assert all(offset % SYMMETRIC_ALIGNMENT == 0 for offset in made.offsets.values())
+
+
+def test_memory_grows_with_ranks_not_with_their_square() -> None:
+    for nodes in (2, 4, 8, 16, 32):
+        small, large = (layout(WirePrecision(), ranks=8 * count).num_bytes for count in (nodes, 2 * nodes))
+        assert large == pytest.approx(2 * small, rel=1e-3)
+        made = [staging_layout(config(WirePrecision()), nodes + more).num_bytes for more in range(3)]
+        assert made[2] - made[1] == pytest.approx(made[1] - made[0], rel=1e-3)
 
 
 def test_a_slot_of_a_source_is_its_own() -> None:

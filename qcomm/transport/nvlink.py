@@ -43,7 +43,7 @@ from qcomm.ops.comm import (
 )
 from qcomm.ops.count import Placement
 from qcomm.ops.dispatch import Receive, Routing
-from qcomm.records import MetadataLayout, RecordLayout, SymmetricLayout, ValuesLayout, align
+from qcomm.records import align, symmetric_layout
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import (
     Ending,
@@ -75,7 +75,7 @@ class NvlinkTransport:
         provider: str,
     ) -> None:
         self._config, self._member, self._owner = config, member, owner
-        self._layout = _symmetric_layout(config, member)
+        self._layout = symmetric_layout(config, member.num_ranks)
         self._comm_stream = comm_stream
         self._send_stream = torch.cuda.Stream(member.device, priority=-1)
         self._last: torch.cuda.Event | None = None
@@ -479,17 +479,3 @@ def _check_addresses(x: WireInput) -> None:
         multiple = 4 if name == "x.sf" else _POINTER_ALIGNMENT
         if part.data_ptr() % multiple:
             raise ValueError(f"{name} must start at a multiple of {multiple} bytes, got {part.data_ptr():#x}")
-
-
-def _symmetric_layout(config: BufferConfig, member: Member) -> SymmetricLayout:
-    def largest(op: str, behind: MetadataLayout | ValuesLayout) -> int:
-        legs = (config.precision.leg(op, backward) for backward in (False, True))  # type: ignore[arg-type]
-        return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)
-
-    return SymmetricLayout(
-        num_ranks=member.num_ranks,
-        num_local_experts=config.num_experts // member.num_ranks,
-        max_tokens=config.num_max_tokens_per_rank,
-        dispatch_slot_bytes=largest("dispatch", MetadataLayout(config.num_topk)),
-        combine_slot_bytes=largest("combine", ValuesLayout(config.num_topk)),
-    )
