@@ -23,6 +23,7 @@ from qcomm.formats import (
     WireKind,
     WirePrecision,
 )
+from qcomm.topology import find
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose
 
 ROUTINGS = ("uniform", "skewed", "hot-rank", "one-expert")
@@ -223,7 +224,7 @@ def backend_choice(flags: Flags, work: Workload) -> Choice:
         provider=flags.provider,
         device_type=work.member.device.type,
     )
-    return choose(config, work.member)
+    return choose(config, work.member, find(config, work.member).topology)
 
 
 def _positive(text: str) -> int:

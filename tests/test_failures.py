@@ -30,6 +30,7 @@ from qcomm import (
 from qcomm.config import Member
 from qcomm.exchange import WireInput
 from qcomm.ops.comm import launch_barrier
+from qcomm.topology import Topology
 from qcomm.transport import select, symmetric
 
 CASE = Case(combine_wire=BF16, routes="random")
@@ -296,7 +297,9 @@ def _part_of_nvshmem(rank: int, num_ranks: int) -> None:
                 cases.make_buffer(CASE, 1, "cuda", "nvlink", provider="nvshmem", group=group)
             assert caught.value.phase == "buffer.create"
             alone = Member(group, 0, 1, buffer.device, 30.0)
-            choice = select.choose(dataclasses.replace(buffer._config, num_experts=3, provider="auto"), alone)
+            choice = select.choose(
+                dataclasses.replace(buffer._config, num_experts=3, provider="auto"), alone, Topology(1, 1)
+            )
             assert (choice.backend, choice.provider) == ("nvlink", "torch")
             with pytest.raises(QcommUnsupportedError, match=f"all {num_ranks} NVSHMEM PEs, got 1 ranks"):
                 symmetric.allocate("nvshmem", 1024, alone)
