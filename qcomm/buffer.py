@@ -536,8 +536,8 @@ class Buffer:
         transport = self._idle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        member, hidden = self._member, self._config.hidden
-        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, hidden, transport.waited_ns())
+        rank, hidden = self._member.rank, self._config.hidden
+        return self._log.stats(rank, self.topology, self.num_local_experts, hidden, transport.waited_ns())
 
     def reset(self) -> None:
         """Make the buffer usable after a timeout: forget calls in flight, and every handle and hook. Collective.

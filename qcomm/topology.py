@@ -34,6 +34,11 @@ class Topology:
         """Nodes in all."""
         return self.num_ranks // self.ranks_per_node
 
+    @property
+    def relays(self) -> bool:
+        """Whether a token may spare copies by going to a node once: several nodes of several ranks."""
+        return 1 < self.ranks_per_node < self.num_ranks
+
     def node(self, rank: int) -> int:
         """Return the node of a rank."""
         return rank // self.ranks_per_node

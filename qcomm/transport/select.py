@@ -115,7 +115,7 @@ def create(
 ) -> Transport:
     """Make the transport of a choice. Collective."""
     if choice.backend == "collective":
-        return CollectiveTransport(config, member, owner, comm_stream)
+        return CollectiveTransport(config, member, owner, comm_stream, topology)
     from qcomm.transport.nvlink import NvlinkTransport
 
     assert choice.provider is not None
