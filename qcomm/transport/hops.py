@@ -178,8 +178,9 @@ class Relayed:
         me, num_ranks = self._member.rank, self._member.num_ranks
         to_nodes, to_me = counts[:, -nodes:], counts[:, me]
         node_slot = self.node_slot(routing)
-        from_relays = to_nodes[list(self._relays), self._node]
-        to_mates = counts[list(self._relays)][:, list(self._mates)].sum(0)
+        from_relays = to_nodes.unflatten(0, (nodes, mates))[:, self._local, self._node]
+        of_relays = counts.unflatten(0, (nodes, mates))[:, self._local]
+        to_mates = of_relays[:, self._mates[0] : self._mates[0] + mates].sum(0)
         from_mates = to_me.view(nodes, mates).sum(0)
         across = self._across(
             node_slot,
