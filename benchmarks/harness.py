@@ -52,7 +52,7 @@ from qcomm.transport.symmetric import allocate
 T = TypeVar("T")
 
 _FLUSH_BYTES = 256 * 2**20
-_SLEEP_CYCLES = 2_000_000  # 1 ms at 2 GHz
+_SLEEP_CYCLES = 4_000_000  # 2 ms at 2 GHz: longer than the host takes for a call
 _WARM_UP = {"cuda": 10, "cpu": 2}
 _PEER_BYTES = 64 * 2**20
 _DEADLINE_S = 30.0

@@ -174,7 +174,16 @@ class Encoder {
 
     // Begins to read the first token.
     __device__ __forceinline__ void begin() {
-        if (kLoadsAhead && team_.index < p_.num_tokens) next_ = read_input(p_, team_.index, team_.thread);
+        if (team_.index >= p_.num_tokens) return;
+        if constexpr (kLoadsAhead) {
+            next_ = read_input(p_, team_.index, team_.thread);
+        } else {
+            constexpr int kInputBytes = kInput == kInputBf16  ? 2 * kHidden
+                                        : kInput == kInputFp8 ? kHidden
+                                                              : kHidden / 2;
+            for (int byte = 128 * team_.thread; byte < kInputBytes; byte += 128 * kTeamThreads)
+                prefetch(p_.x + static_cast<int64_t>(team_.index) * kInputBytes + byte);
+        }
     }
 
     __device__ __forceinline__ void encode(Outbox& outbox, uint8_t* shared) {

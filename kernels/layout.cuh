@@ -33,6 +33,13 @@ struct State {
     uint64_t waited_ns[kMaxRanks];  // since the buffer was made or reset, for each peer to begin its calls
 };
 
+// One number of a source's counts: its first bad token + 1, or 0; its records; those of each local expert.
+// Number and call are written together, so that none needs a flag.
+struct __align__(8) Count {
+    int32_t value;
+    uint32_t epoch;
+};
+
 // Symmetric memory of every rank, and this rank's place. Offsets are in bytes from peer[r].
 struct Comm {
     uint8_t* peer[kMaxRanks];
@@ -41,9 +48,8 @@ struct Comm {
     uint32_t* chunk_flags;   // [kMaxChunks], this rank's own
     uint32_t* chunk_counts;  // [kMaxChunks][num_experts + num_ranks], this rank's own
     uint64_t deadline_ns;
-    uint64_t barrier_flags;  // uint32 [num_ranks]
-    uint64_t route_flags;    // uint32 [num_ranks]
-    uint64_t counts;  // int32 [2][num_ranks][2 + num_local_experts]: bad token + 1, records, per expert
+    uint64_t barrier_flags;     // uint32 [num_ranks]
+    uint64_t counts;            // Count [2][num_ranks][2 + num_local_experts]: see Count
     uint64_t dispatch_flags;    // uint32 [num_ranks][max_tokens]
     uint64_t combine_flags;     // uint32 [num_ranks][max_tokens]
     uint64_t dispatch_records;  // [num_ranks][max_tokens] records, each with its metadata
@@ -68,10 +74,10 @@ __device__ __forceinline__ int64_t slot_index(const Comm& comm, int source, int 
     return static_cast<int64_t>(source) * comm.max_tokens + slot;
 }
 
-__device__ __forceinline__ int32_t* counts_of(const Comm& comm, int rank, uint32_t epoch, int source) {
+__device__ __forceinline__ Count* counts_of(const Comm& comm, int rank, uint32_t epoch, int source) {
     const int width = 2 + comm.num_local_experts;
     const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks + source;
-    return region<int32_t>(comm, rank, comm.counts) + index * width;
+    return region<Count>(comm, rank, comm.counts) + index * width;
 }
 
 // Records of the source that has most, of those that begin at recv_offsets[source].

@@ -78,21 +78,20 @@ struct RouteMap {
     }
 };
 
-// Writes this rank's totals to the peers, total(key) for each expert and rank, and raises its route flag
-// there. Call from all threads of one block, after what total needs is there.
+// Writes this rank's totals to the peers, total(key) for each expert and rank. Call from all threads of one
+// block, after what total needs is there.
 template <typename Total>
 __device__ __forceinline__ void publish_counts(const Comm& comm, uint32_t epoch, int bad_token,
                                                const Total& total) {
+    const auto write = [&](int rank, int word, int value) {
+        Count* count = counts_of(comm, rank, epoch, comm.rank) + word;
+        store_relaxed_sys(reinterpret_cast<uint64_t*>(count),
+                          static_cast<uint64_t>(epoch) << 32 | static_cast<uint32_t>(value));
+    };
     for (int key = threadIdx.x; key < comm.num_experts + comm.num_ranks; key += blockDim.x) {
         const int rank = key < comm.num_experts ? key / comm.num_local_experts : key - comm.num_experts;
         const int word = key < comm.num_experts ? 2 + key % comm.num_local_experts : 1;
-        counts_of(comm, rank, epoch, comm.rank)[word] = total(key);
+        write(rank, word, total(key));
     }
-    if (threadIdx.x < comm.num_ranks) {
-        counts_of(comm, threadIdx.x, epoch, comm.rank)[0] = bad_token == kNoBadToken ? 0 : bad_token + 1;
-    }
-    __syncthreads();
-    if (threadIdx.x < comm.num_ranks) {
-        store_release_sys(region<uint32_t>(comm, threadIdx.x, comm.route_flags) + comm.rank, epoch);
-    }
+    if (threadIdx.x < comm.num_ranks) write(threadIdx.x, 0, bad_token == kNoBadToken ? 0 : bad_token + 1);
 }

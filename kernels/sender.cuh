@@ -8,6 +8,8 @@
 constexpr int kWorkers = kTeams * kTeamWarps;
 constexpr int kSenders = QCOMM_SENDERS;
 static_assert(kSlotBytes >= kRecordBytes + kMetadataBytes, "qcomm/records.py computes the same");
+// So that a stage has one sender, which has sent the record before when it waits for the next.
+static_assert(kStages % kSenders == 0, "qcomm/ops/comm.py sees to it");
 
 // What the roles of a block share, in shared memory, besides the stages. Record number n of the block takes
 // stage n % kStages and is made by team n % kTeams.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -39,20 +38,12 @@ class CompletedEvent:
         return True
 
 
-def _nobody() -> None:
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation.
-
-    `ref()` is the buffer itself while it exists.
-    """
+    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation."""
 
     buffer: int
     generation: int
-    ref: Callable[[], object] = dataclasses.field(default=_nobody, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,6 +135,39 @@ class DispatchHandle:
     send_counts: tuple[int, ...] | None
     recv_counts: tuple[int, ...] | None
     relay: Relay | None = None
+
+
+def part_shapes(
+    recv_layout: RecvLayout,
+    *,
+    num_tokens: int,
+    num_topk: int,
+    num_ranks: int,
+    num_local_experts: int,
+    num_records: int,
+    num_rows: int,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a worst-case handle's tensors, by name, in the order in which one piece of memory has them.
+
+    Each is of 4-byte words. What a "token_major" handle has not stands there too, `row_weights` without elements.
+    """
+    by_token = recv_layout == "token_major"
+    # By token these are the result's rows, of which there may be more than records. To pad them afterwards would
+    # be to read what the hook of a split call has yet to write.
+    known = max(num_records, num_rows) if by_token else num_records
+    return {
+        "row_src": (num_rows, 2),
+        "row_weights": (0 if by_token else num_rows,),
+        "row_record": (num_rows,),
+        "send_slot": (num_tokens, num_ranks),
+        "recv_offsets": (num_ranks + 1,),
+        "record_src_token": (num_records,),
+        "record_topk_idx": (known, num_topk),
+        "record_topk_weights": (known, num_topk),
+        "record_rows": (num_records, 1 if by_token else num_topk),
+        "num_tokens_per_expert": (num_local_experts,),
+        "group_offsets": (num_local_experts + 1,),
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -122,8 +122,7 @@ class SymmetricLayout:
         slots = self.num_ranks * self.max_tokens
         return {
             "barrier_flags": 4 * self.num_ranks,
-            "route_flags": 4 * self.num_ranks,
-            "counts": 2 * 4 * self.num_ranks * (2 + self.num_local_experts),
+            "counts": 2 * 8 * self.num_ranks * (2 + self.num_local_experts),
             "dispatch_flags": 4 * slots,
             "combine_flags": 4 * slots,
             "dispatch_records": slots * self.dispatch_slot_bytes,

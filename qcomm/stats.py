@@ -42,6 +42,8 @@ class Traffic:
 class BufferStats:
     """One rank's figures. Those of a dispatch or combine are of the last one, a replay included; zero before it.
 
+    They are zero after one under `torch.compile` too, which may overwrite what a call returned.
+
     Attributes:
         num_dispatches, num_replays, num_combines: calls since the buffer was made; replays of a CUDA graph are not
             seen by the host and do not count.
@@ -84,6 +86,10 @@ class CallLog:
     num_combines: int = 0
     dispatched: tuple[DispatchHandle, torch.Tensor, WireFormat] | None = None
     combined: tuple[DispatchHandle, WireFormat] | None = None
+
+    def forget(self) -> None:
+        """Let go of what the last calls returned."""
+        self.dispatched = self.combined = None
 
     def stats(
         self, rank: int, topology: Topology, num_local_experts: int, hidden: int, waited_ns: Sequence[int]

@@ -27,7 +27,13 @@ WIRES = (BF16, FP8, *RULES, ROTATED, STOCHASTIC, ROTATED_STOCHASTIC)
 
 XKind = Literal["bf16", "bits", "fp8", "fp8_float", "fp8_columns", "mxfp4"]
 Routes = Literal["random", "some", "none", "one", "half", "same_rank"]
-_COUNTS = {"uneven": (13, 29, 7, 20), "empty": (0, 17, 0, 5), "zero": (0, 0, 0, 0), "one": (1, 1, 1, 1)}
+_COUNTS = {
+    "uneven": (13, 29, 7, 20),
+    "empty": (0, 17, 0, 5),
+    "zero": (0, 0, 0, 0),
+    "one": (1, 1, 1, 1),
+    "many": (32, 9, 31, 8),
+}
 MAX_TOKENS = 32
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import qcomm
 from qcomm import Buffer, FP8Tensor, Received, WireFormat, WirePrecision, reference, reference_exchange
 from qcomm.formats import RecvDtype, RecvLayout
-from qcomm.functional import _BACKWARD_SEED
+from qcomm.gradients import BACKWARD_SEED
 
 BY_EXPERT = ("expert_major", "batched")
 BASE = Case(recv_dtype="bf16", wire=BF16, combine_wire=BF16, num_topk=3)
@@ -157,7 +157,7 @@ def _gradients(
     outs = reference_exchange.combine(
         ys, rows, tokens, wire=legs[1], weighted=weighted, seed=case.seed, ranks_per_node=ranks_per_node
     )
-    back = case.seed ^ _BACKWARD_SEED
+    back = case.seed ^ BACKWARD_SEED
     returned = reference_exchange.dispatch(
         _upstream(inputs), inputs.topk_idxs, None, wire=legs[2], recv_dtype="bf16", seed=back, **common
     )

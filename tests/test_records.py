@@ -69,8 +69,8 @@ def test_a_slot_of_a_source_is_its_own() -> None:
     assert words.num_words % 4 == 0
     assert words.num_words >= 1 + 3 * 8
     assert made.dispatch_slot_bytes >= 14336 + words.num_bytes
-    # Twice, for even and odd calls.
-    assert made.sizes["counts"] == 2 * made.num_ranks * 4 * (2 + made.num_local_experts)
+    # Twice, for even and odd calls; each with the number of its call.
+    assert made.sizes["counts"] == 2 * made.num_ranks * 8 * (2 + made.num_local_experts)
     assert made.sizes["dispatch_flags"] == made.sizes["combine_flags"] == 4 * slots
 
 

@@ -27,7 +27,7 @@ from qcomm.errors import (
 )
 from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput
 from qcomm.formats import FP8_GROUP_SIZE
-from qcomm.handle import DispatchHandle, Owner, Received
+from qcomm.handle import DispatchHandle, Owner, Received, part_shapes
 from qcomm.jit import KernelLoader
 from qcomm.ops import combine, count, dispatch, dispatch_decode, route
 from qcomm.ops.comm import (
@@ -167,14 +167,13 @@ class NvlinkTransport:
         _check_addresses(y)
         with self._call(options.async_op, y, row_values, handle) as call:
             sums = combine.allocate(handle, self._config.hidden, row_values is not None)
-            values = None if row_values is None else exchange.record_values(row_values, handle.record_rows)
-            if not options.split and combine.is_decode(self._launcher, handle, options.wire, values):
+            if not options.split and combine.is_decode(self._launcher, handle, options.wire, row_values):
                 combine.launch_decode(self._launcher, call.stream, y, handle, options, sums)
                 call.keep(*sums)
                 return sums, Ending(call.event)
             launch_barrier(self._launcher, call.stream, None)
             with call.sending() as stream:
-                combine.launch_send(self._launcher, stream, y, values, handle, options)
+                combine.launch_send(self._launcher, stream, y, row_values, handle, options)
             receive = functools.partial(
                 combine.launch_recv, self._launcher, handle=handle, wire=options.wire, sums=sums
             )
@@ -257,24 +256,17 @@ class NvlinkTransport:
         num_records = num_ranks * config.num_max_tokens_per_rank
         rows, rows_per_expert = exchange.worst_case_rows(options, num_records, num_topk, num_local)
         by_token = options.recv_layout == "token_major"
-        # By token these are the result's rows, of which there may be more than records. To pad them afterwards would
-        # be to read what the hook of a split call has yet to write.
-        known = max(num_records, rows) if by_token else num_records
-        shapes = {
-            "row_src": (rows, 2),
-            "row_weights": (0 if by_token else rows,),
-            "row_record": (rows,),
-            "send_slot": (num_tokens, num_ranks),
-            "ordinals": (num_tokens, num_topk),
-            "source_starts": (num_ranks, num_local),
-            "recv_offsets": (num_ranks + 1,),
-            "record_src_token": (num_records,),
-            "record_topk_idx": (known, num_topk),
-            "record_topk_weights": (known, num_topk),
-            "record_rows": (num_records, 1 if by_token else num_topk),
-            "num_tokens_per_expert": (num_local,),
-            "group_offsets": (num_local + 1,),
-        }
+        shapes = part_shapes(
+            options.recv_layout,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_ranks=num_ranks,
+            num_local_experts=num_local,
+            num_records=num_records,
+            num_rows=rows,
+        )
+        shapes["ordinals"] = (num_tokens, num_topk)
+        shapes["source_starts"] = (num_ranks, num_local)
         sizes = [math.prod(shape) for shape in shapes.values()]
         pieces = torch.empty(sum(sizes), dtype=torch.int32, device=self._member.device).split(sizes)
         parts = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
