@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -104,7 +105,9 @@ class RankPool:
         task = pickle.dumps((fn, args, kwargs))
         pending = {rank: connection for rank, (_, connection) in enumerate(self._workers)}
         for connection in pending.values():
-            connection.send_bytes(task)
+            # A process that was just killed: reading says so.
+            with contextlib.suppress(BrokenPipeError):
+                connection.send_bytes(task)
         answers: dict[int, Any] = {}
         failure = None
         end = time.monotonic() + timeout_s
