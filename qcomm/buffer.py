@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Literal, overload
 import torch
 import torch.distributed as dist
 
-from qcomm import validate
+from qcomm import topology, validate
 from qcomm.config import BufferConfig, Member, agree
 from qcomm.errors import QcommError
 from qcomm.exchange import CombineOptions, DispatchOptions, Sums, WireInput
@@ -60,10 +61,14 @@ class Buffer:
         deadline_s: seconds any wait for a peer may take, but for those inside NCCL.
         num_sms: SMs each communication kernel may occupy; None lets qcomm choose.
         comm_stream: stream of `async_op=True` calls; None makes one.
+        ranks_per_node: ranks of each node, as if every so many ranks in a row had a host of their own; a divisor of the
+            ranks, and no node on two hosts. None takes the hosts, each split into parts of `QCOMM_RANKS_PER_NODE`
+            ranks where the environment has that.
 
     Raises:
         ValueError, TypeError: arguments no buffer can be made from; raised before any rank is spoken to.
-        QcommConfigError: ranks disagree; names the field and every rank's value.
+        QcommConfigError: ranks disagree; names the field and every rank's value. Or a node of `ranks_per_node` ranks
+            is on several hosts; names the hosts and ranks.
         QcommUnsupportedError: the backend asked for cannot run here.
     """
 
@@ -82,6 +87,7 @@ class Buffer:
         deadline_s: float = 30.0,
         num_sms: int | None = None,
         comm_stream: torch.cuda.Stream | None = None,
+        ranks_per_node: int | None = None,
     ) -> None:
         self._transport: Transport | None = None
         self._hook: RecvHook | None = None
@@ -99,6 +105,7 @@ class Buffer:
             raise ValueError(f"deadline_s must be positive, got {deadline_s}")
         num_ranks = dist.get_world_size(group)
         validate.buffer_shape(num_experts, num_topk, hidden, num_max_tokens_per_rank, num_ranks)
+        topology.check(ranks_per_node, num_ranks)
         self._member = Member(group, dist.get_rank(group), num_ranks, _device(device), deadline_s)
         self._config = BufferConfig(
             num_experts=num_experts,
@@ -109,14 +116,19 @@ class Buffer:
             backend=backend,
             provider=provider,
             device_type=self._member.device.type,
+            ranks_per_node=ranks_per_node,
+            environ_ranks_per_node=topology.from_environ(os.environ) if ranks_per_node is None else None,
         )
         agree(self._config, self._member)
-        self._choice: Choice = choose(self._config, self._member)
+        self._nodes = topology.find(self._config, self._member)
+        self._choice: Choice = choose(self._config, self._member, self._nodes.topology)
         self._owner = Owner(next(_buffer_numbers), 0)
         if comm_stream is None and self._member.device.type == "cuda":
             comm_stream = torch.cuda.Stream(self._member.device)
         self._comm_stream = comm_stream
-        self._transport = create(self._choice, self._config, self._member, self._owner, comm_stream, num_sms)
+        self._transport = create(
+            self._choice, self._config, self._member, self._owner, comm_stream, num_sms, self._nodes.topology
+        )
         _buffers[self._owner.buffer] = self
 
     @staticmethod
@@ -147,8 +159,13 @@ class Buffer:
 
     @property
     def backend_reason(self) -> str:
-        """Why that backend."""
-        return self._choice.reason
+        """Why that backend; and which nodes it sees, unless all ranks are on one host."""
+        return "; ".join(part for part in (self._choice.reason, self._nodes.note) if part)
+
+    @property
+    def topology(self) -> topology.Topology:
+        """Which ranks share a node."""
+        return self._nodes.topology
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -559,8 +576,8 @@ class Buffer:
         transport = self._idle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        member, hidden = self._member, self._config.hidden
-        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, hidden, transport.waited_ns())
+        rank, hidden = self._member.rank, self._config.hidden
+        return self._log.stats(rank, self.topology, self.num_local_experts, hidden, transport.waited_ns())
 
     def reset(self) -> None:
         """Make the buffer usable after a timeout: forget calls in flight, and every handle and hook. Collective.

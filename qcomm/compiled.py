@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 _REASON = (
     "of qcomm only dispatch and combine with static=True are part of a graph; other calls wait for counts on the host, "
-    "and swiglu_experts may"
+    "and swiglu_experts may; those that relay between nodes are not part of one either"
 )
 
 

@@ -14,7 +14,10 @@ from qcomm.formats import WirePrecision
 
 @dataclasses.dataclass(frozen=True)
 class BufferConfig:
-    """The shape of a Buffer; the same on every rank."""
+    """The shape of a Buffer; the same on every rank.
+
+    `environ_ranks_per_node` is what the environment asks for, where the argument `ranks_per_node` does not.
+    """
 
     num_experts: int
     num_topk: int
@@ -24,6 +27,8 @@ class BufferConfig:
     backend: str
     provider: str
     device_type: str
+    ranks_per_node: int | None = None
+    environ_ranks_per_node: int | None = None
 
     def fields(self) -> Iterator[tuple[str, object]]:
         """Yield every field, each leg of the precision by itself."""

@@ -85,9 +85,14 @@ def dispatch(
         return _dispatch(x, topk_idx, topk_weights, buffer, options)
     from qcomm import compiled
 
-    if handle.static if handle is not None else static:
+    if _is_operator(handle) if handle is not None else static and not buffer.topology.relays:
         return _with_gradients(*compiled.dispatch(x, topk_idx, topk_weights, buffer, **options))
     return compiled.outside(_dispatch, x, topk_idx, topk_weights, buffer, options)
+
+
+def _is_operator(handle: DispatchHandle) -> bool:
+    """Tell whether operators take the handle: one that is static and, over several nodes, has nothing to pass on."""
+    return handle.static and handle.relay is None
 
 
 def _dispatch(
@@ -142,7 +147,7 @@ def combine(y: torch.Tensor, handle: DispatchHandle, *, weighted: bool | None = 
         return _combine(y, handle, weighted, seed)
     from qcomm import compiled
 
-    if handle.static:
+    if _is_operator(handle):
         return compiled.combine(y, handle, weighted, seed)
     return compiled.outside(_combine, y, handle, weighted, seed)
 

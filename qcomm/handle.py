@@ -47,6 +47,38 @@ class Owner:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Relay:
+    """What a rank passes on within its node, of a dispatch over several nodes of several ranks.
+
+    A token goes once to each node that it has experts on, to the rank of the sender's place in its node: the relay.
+    A relayed record is one such token; they are numbered by source node, then token. Lengths as for `DispatchHandle`.
+
+    Attributes:
+        node_slot: `[num_tokens, num_nodes]` int32: of this rank's tokens, the record number at the relay of that node
+            among this rank's records, -1 where it did not go.
+        src_offsets: `[num_nodes + 1]` int64: first relayed record of each source node, and the number of them.
+        src_token: `[relayed]` int32.
+        rank_slot: `[relayed, ranks_per_node]` int32: the record number at that rank of the node among those from this
+            relay, -1 where it did not go.
+        recv_offsets: `[ranks_per_node + 1]` int64: first record from each relay, as records come.
+        arrival: `[records]` int64: place of each record among them as they come: by relay, source node, token.
+        node_send_counts, node_recv_counts: records per node on the host, or None.
+        send_counts, recv_counts: records per rank of the node, as sent by and to the relays, or None.
+    """
+
+    node_slot: torch.Tensor
+    src_offsets: torch.Tensor
+    src_token: torch.Tensor
+    rank_slot: torch.Tensor
+    recv_offsets: torch.Tensor
+    arrival: torch.Tensor
+    node_send_counts: tuple[int, ...] | None
+    node_recv_counts: tuple[int, ...] | None
+    send_counts: tuple[int, ...] | None
+    recv_counts: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class DispatchHandle:
     """Where every token of one dispatch went. Immutable; valid until its buffer is reset or destroyed.
 
@@ -77,6 +109,7 @@ class DispatchHandle:
         group_offsets: `[num_local_experts + 1]` int32: first row of each expert, and the end of the last; None
             in the "token_major" layout.
         send_counts, recv_counts: records per peer on the host, each None where the host does not know it.
+        relay: what this rank passes on; None where records go straight to the ranks of their experts.
     """
 
     owner: Owner
@@ -101,6 +134,7 @@ class DispatchHandle:
     group_offsets: torch.Tensor | None
     send_counts: tuple[int, ...] | None
     recv_counts: tuple[int, ...] | None
+    relay: Relay | None = None
 
 
 def part_shapes(

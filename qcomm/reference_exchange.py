@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from qcomm import reference, reference_columnwise
-from qcomm.formats import RecvDtype, RecvLayout, WireFormat
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, RecvDtype, RecvLayout, Rounding, WireFormat
 from qcomm.records import align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 
@@ -209,13 +209,17 @@ def combine(
     weighted: bool,
     seed: int = 0,
     ranks: Sequence[int] | None = None,
+    ranks_per_node: int = 1,
 ) -> list[torch.Tensor]:
     """Compute the sums that come back to the tokens' ranks.
 
     A rank that holds rows of a token starts from zero and adds weight * row in top-k order, each product and
     each sum rounded to float32. The sum travels in the wire format, with random bits at row = source token,
-    subsequence = num_ranks * (1 + source rank) + holding rank. The token's rank starts from zero, adds what
-    comes by holding rank in float32, and rounds to bfloat16.
+    subsequence = num_ranks * (1 + source rank) + sending rank. The token's rank starts from zero, adds what
+    comes by sending rank in float32, and rounds to bfloat16.
+
+    With one rank per node the sending rank is the one that holds the rows. With more, it is the one of the source
+    rank's place in its node: it starts from zero and adds the node's sums by rank, in float32.
 
     Args:
         ys: for each rank `[rows, hidden]` bfloat16 in the rows of its dispatch, "batched" ones flattened.
@@ -225,6 +229,7 @@ def combine(
         weighted: whether to multiply by the routing weights.
         seed: of stochastic rounding.
         ranks: the tokens' ranks to compute; None for all.
+        ranks_per_node: of an exchange whose sums are added in each node first; 1 of any other.
 
     Returns:
         For each of the ranks `[num_tokens, hidden]` bfloat16.
@@ -232,23 +237,82 @@ def combine(
     everyone = []
     for source in range(len(ys)) if ranks is None else ranks:
         out = torch.zeros(nums_tokens[source], ys[0].shape[1], dtype=torch.float32)
-        for rank, (y, here) in enumerate(zip(ys, rows, strict=True)):
-            sums = {}
-            for (of, token), entries in here.rows_of_token.items():
-                if of == source:
-                    total = torch.zeros(y.shape[1], dtype=torch.float32)
-                    for row, weight in entries:
-                        value = y[row].to(torch.float32)
-                        total = total + (torch.tensor(weight, dtype=torch.float32) * value if weighted else value)
-                    sums[token] = total
+        for first in range(0, len(ys), ranks_per_node):
+            sums: dict[int, torch.Tensor] = {}
+            for y, here in zip(ys[first : first + ranks_per_node], rows[first : first + ranks_per_node], strict=True):
+                for token, total in _rank_sums(y, here, source, weighted).items():
+                    sums[token] = sums.get(token, torch.zeros_like(total)) + total
             if sums:
-                subsequence = len(ys) * (1 + source) + rank
+                subsequence = len(ys) * (1 + source) + first + source % ranks_per_node
                 tokens = torch.tensor(list(sums))
                 came = _values(_to_wire(torch.stack(list(sums.values())), wire, seed, subsequence, tokens))
                 for token, value in zip(sums, came, strict=True):
                     out[token] = out[token] + value
         everyone.append(reference.to_dtype(out, torch.bfloat16))
     return everyone
+
+
+def combine_difference(
+    ys: Sequence[torch.Tensor],
+    rows: Sequence[ExpectedRows],
+    nums_tokens: Sequence[int],
+    *,
+    wire: WireFormat,
+    weighted: bool,
+) -> list[torch.Tensor]:
+    """Bound how far a combine whose sums are added in each node first may be from one where they are not.
+
+    Let A be the sum over the ranks of the largest magnitude of each rank's sum in a block: one element on the bf16
+    wire, 128 on fp8, 32 on mxfp4. The wire rounds a block whose largest magnitude is a by at most c * a in each
+    element: c is 2^-8 for bf16, 2^-4 for fp8, and for mxfp4 1/4 (half a step of 2 below 6, or saturation from below 8
+    to 6, where 4 is the least that the largest magnitude may be scaled to), 1/2 with stochastic rounding (a whole
+    step), times 32 under a rotation, which may gather a block in one element twice. Either combine is thus within
+    c * A of the exact sum on its wire, plus 2^-8 * (1 + c) * A of the last rounding and 2^-20 * A of the additions in
+    float32; they differ by at most twice that, and 2^-120 where FP8 scales end.
+
+    Args:
+        ys: as for `combine`, as are the others.
+        rows: where the tokens are.
+        nums_tokens: for each rank.
+        wire: format the sums travel in.
+        weighted: whether to multiply by the routing weights.
+
+    Returns:
+        For each rank `[num_tokens, hidden]` float32.
+    """
+    block, rounding = _wire_rounding(wire)
+    factor = 2 * (rounding + 2.0**-8 * (1 + rounding) + 2.0**-20)
+    everyone = []
+    for source, num_tokens in enumerate(nums_tokens):
+        total = torch.zeros(num_tokens, ys[0].shape[1] // block, dtype=torch.float32)
+        for y, here in zip(ys, rows, strict=True):
+            for token, value in _rank_sums(y, here, source, weighted).items():
+                total[token] += value.abs().unflatten(0, (-1, block)).amax(-1)
+        everyone.append((factor * total + 2.0**-120).repeat_interleave(block, dim=1))
+    return everyone
+
+
+def _wire_rounding(wire: WireFormat) -> tuple[int, float]:
+    """Return the elements of a block, and what of its largest magnitude the wire may round each by."""
+    if wire.kind == "bf16":
+        return 1, 2.0**-8
+    if wire.kind == "fp8":
+        return FP8_GROUP_SIZE, 2.0**-4
+    step = 0.25 if wire.rounding is Rounding.NEAREST else 0.5
+    return BLOCK_SIZE, step * (BLOCK_SIZE if wire.hadamard else 1)
+
+
+def _rank_sums(y: torch.Tensor, here: ExpectedRows, source: int, weighted: bool) -> dict[int, torch.Tensor]:
+    """Sum the rows that one rank holds of each token of a source, in float32."""
+    sums = {}
+    for (of, token), entries in here.rows_of_token.items():
+        if of == source:
+            total = torch.zeros(y.shape[1], dtype=torch.float32)
+            for row, weight in entries:
+                value = y[row].to(torch.float32)
+                total = total + (torch.tensor(weight, dtype=torch.float32) * value if weighted else value)
+            sums[token] = total
+    return sums
 
 
 def _to_wire(x: Tokens, wire: WireFormat, seed: int, subsequence: int, tokens: torch.Tensor) -> Tokens:

@@ -37,5 +37,5 @@ def gpu_pool(pools: Pools, request: pytest.FixtureRequest) -> RankPool:
 
 @pytest.fixture
 def target(pools: Pools, request: pytest.FixtureRequest) -> Target:
-    device, num_ranks, backend = request.param
-    return Target(pools.get(num_ranks, device), backend)
+    device, num_ranks, backend, ranks_per_node = request.param
+    return Target(pools.get(num_ranks, device), backend, ranks_per_node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import pytest
 import torch
 import torch.distributed as dist
+
+from qcomm.topology import RANKS_PER_NODE_VARIABLE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,7 +105,9 @@ class RankPool:
         task = pickle.dumps((fn, args, kwargs))
         pending = {rank: connection for rank, (_, connection) in enumerate(self._workers)}
         for connection in pending.values():
-            connection.send_bytes(task)
+            # A process that was just killed: reading says so.
+            with contextlib.suppress(BrokenPipeError):
+                connection.send_bytes(task)
         answers: dict[int, Any] = {}
         failure = None
         end = time.monotonic() + timeout_s
@@ -137,10 +142,13 @@ class Target(NamedTuple):
 
     pool: RankPool
     backend: str
+    ranks_per_node: int | None = None
 
     def run(self, fn: Callable[Concatenate[int, int, str, str, P], R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Run `fn(rank, num_ranks, device, backend, ...)` on every rank."""
-        return self.pool.run(fn, self.pool.device, self.backend, *args, **kwargs)
+        if self.ranks_per_node is None:
+            return self.pool.run(fn, self.pool.device, self.backend, *args, **kwargs)
+        return self.pool.run(_on_nodes, self.ranks_per_node, fn, self.pool.device, self.backend, *args, **kwargs)
 
 
 class Pools:
@@ -162,6 +170,7 @@ class Pools:
 
 
 GPU_SIZES = (1, 2, 4)
+NODES = ((2, 2),)
 
 
 def need_gpus(count: int) -> None:
@@ -171,15 +180,32 @@ def need_gpus(count: int) -> None:
         pytest.skip(f"needs {count} GPUs, found {found}")
 
 
-def targets(*cpu_sizes: int, gpu_sizes: tuple[int, ...] = GPU_SIZES) -> pytest.MarkDecorator:
-    """Run a body for each size with the collective backend on the CPU, and with both backends on GPUs."""
-    cpu = [pytest.param(("cpu", size, "collective"), id=f"cpu{size}-collective") for size in cpu_sizes]
+def targets(
+    *cpu_sizes: int, gpu_sizes: tuple[int, ...] = GPU_SIZES, nodes: tuple[tuple[int, int], ...] = ()
+) -> pytest.MarkDecorator:
+    """Run a body for each size with the collective backend on the CPU, and with both backends on GPUs.
+
+    Args:
+        cpu_sizes: ranks on the CPU.
+        gpu_sizes: GPUs.
+        nodes: (nodes, ranks of each), on the CPU and on GPUs: the collective backend over virtual nodes.
+    """
+    cpu = [pytest.param(("cpu", size, "collective", None), id=f"cpu{size}-collective") for size in cpu_sizes]
     gpu = [
-        pytest.param(("cuda", size, backend), id=f"gpu{size}-{backend}", marks=pytest.mark.gpu)
+        pytest.param(("cuda", size, backend, None), id=f"gpu{size}-{backend}", marks=pytest.mark.gpu)
         for size in gpu_sizes
         for backend in ("nvlink", "collective")
     ]
-    return pytest.mark.parametrize("target", cpu + gpu, indirect=True)
+    virtual = [
+        pytest.param(
+            (device, num_nodes * each, "collective", each),
+            id=f"{name}{num_nodes}x{each}-collective",
+            marks=[pytest.mark.gpu] * (device == "cuda"),
+        )
+        for device, name in (("cpu", "cpu"), ("cuda", "gpu"))
+        for num_nodes, each in nodes
+    ]
+    return pytest.mark.parametrize("target", cpu + gpu + virtual, indirect=True)
 
 
 def device_of(device: str, rank: int) -> torch.device:
@@ -228,6 +254,15 @@ def _dump(reply: _Reply) -> bytes:
     out = io.BytesIO()
     _CpuPickler(out, pickle.HIGHEST_PROTOCOL).dump(reply)
     return out.getvalue()
+
+
+def _on_nodes(rank: int, num_ranks: int, ranks_per_node: int, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
+    """Run a body on virtual nodes."""
+    os.environ[RANKS_PER_NODE_VARIABLE] = str(ranks_per_node)
+    try:
+        return fn(rank, num_ranks, *args, **kwargs)
+    finally:
+        del os.environ[RANKS_PER_NODE_VARIABLE]
 
 
 def _ping(rank: int, num_ranks: int) -> None:

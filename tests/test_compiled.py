@@ -12,7 +12,7 @@ import pytest
 import torch
 from bit_patterns import equal_bits
 from cases import BF16, FP8, MXFP4, Case
-from ranks import Target, targets
+from ranks import NODES, Target, targets
 from torch.utils.checkpoint import checkpoint
 
 import qcomm
@@ -174,9 +174,9 @@ def test_calls_keep_the_programs_order_and_none_is_dropped(target: Target, compi
     target.run(_order, compiler)
 
 
-def _not_static(rank: int, num_ranks: int, device: str, backend: str) -> None:
+def _outside(rank: int, num_ranks: int, device: str, backend: str, static: bool) -> None:
     torch.compiler.reset()
-    case = dataclasses.replace(BASE, static=False)
+    case = dataclasses.replace(BASE, static=static)
     with cases.make_buffer(case, num_ranks, device, backend, precision=LEGS) as buffer:
         layer = make_layer(buffer, case)
         with pytest.raises(torch._dynamo.exc.Unsupported, match="static=True"):
@@ -191,7 +191,12 @@ def _not_static(rank: int, num_ranks: int, device: str, backend: str) -> None:
 
 @targets(2)
 def test_other_calls_break_the_graph_and_are_right(target: Target) -> None:
-    target.run(_not_static)
+    target.run(_outside, False)
+
+
+@targets(gpu_sizes=(), nodes=NODES)
+def test_relayed_calls_break_the_graph_and_are_right(target: Target) -> None:
+    target.run(_outside, True)
 
 
 def _recomputed(rank: int, num_ranks: int, device: str, backend: str, replays: bool) -> tuple[int, int]:

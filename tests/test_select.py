@@ -20,6 +20,7 @@ from qcomm import (
     WirePrecision,
 )
 from qcomm.config import BufferConfig, Member
+from qcomm.topology import Topology
 from qcomm.transport import select, symmetric
 from qcomm.transport.select import Capability, Choice
 
@@ -100,7 +101,9 @@ def test_limits(changes: dict[str, int], num_ranks: int, want: str | None) -> No
     assert limit is None if want is None else want in str(limit)
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, found: list[select._Seat], backend: str, provider: str) -> Choice:
+def choose(
+    monkeypatch: pytest.MonkeyPatch, found: list[select._Seat], backend: str, provider: str, ranks_per_node: int = 3
+) -> Choice:
     """Choose as rank 0 of ranks that told this."""
 
     def all_gather_object(into: list[select._Seat], mine: select._Seat, group: object) -> None:
@@ -111,7 +114,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, found: list[select._Seat], backend: 
     monkeypatch.setattr(select, "_seat", lambda device: found[0])
     config = BufferConfig(3, 1, 128, 8, WirePrecision(), backend, provider, "cuda")
     group: Any = None
-    return select.choose(config, Member(group, 0, len(found), torch.device("cuda", 0), 1.0))
+    topology = Topology(len(found), ranks_per_node)
+    return select.choose(config, Member(group, 0, len(found), torch.device("cuda", 0), 1.0), topology)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,13 @@ def test_nvlink_that_cannot_run(
     assert "backend 'nvlink' cannot run here" in str(caught.value)
     assert caught.value.phase == "buffer.create"
     assert caught.value.seen
+
+
+def test_nvlink_stays_within_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose(monkeypatch, seats(4), "auto", "auto", ranks_per_node=2)
+    assert (choice.backend, choice.reason) == ("collective", "ranks are on 2 nodes")
+    with pytest.raises(QcommUnsupportedError, match="ranks are on 2 nodes"):
+        choose(monkeypatch, seats(4), "nvlink", "auto", ranks_per_node=2)
 
 
 @pytest.mark.parametrize(

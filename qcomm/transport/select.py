@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import pathlib
-import socket
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from qcomm.errors import QcommUnsupportedError
 from qcomm.handle import Owner
 from qcomm.ops.comm import MAX_BLOCK_SHARED_BYTES, MAX_HIDDEN, MAX_RANKS, MAX_TOPK
 from qcomm.ops.route import route_shared_bytes
+from qcomm.topology import Topology, host_id
 from qcomm.transport import symmetric
 from qcomm.transport.base import Transport
 from qcomm.transport.collective import CollectiveTransport
@@ -72,7 +71,7 @@ def local_capability(device: torch.device) -> Capability:
     return Capability(True, f"Hopper or newer, symmetric memory from {' or '.join(providers)}", providers)
 
 
-def choose(config: BufferConfig, member: Member) -> Choice:
+def choose(config: BufferConfig, member: Member, topology: Topology) -> Choice:
     """Choose the fastest backend that every rank can run. Collective.
 
     Raises:
@@ -82,7 +81,7 @@ def choose(config: BufferConfig, member: Member) -> Choice:
         return Choice("collective", None, "asked for")
     seats: list[_Seat] = [_seat(member.device)] * member.num_ranks
     dist.all_gather_object(seats, seats[0], group=member.group)
-    obstacle = _obstacle(seats) or _limit(config, member.num_ranks)
+    obstacle = _obstacle(seats) or _several_nodes(topology) or _limit(config, member.num_ranks)
     if obstacle is None:
         common = [p for p in symmetric.PROVIDERS if all(p in seat.capability.providers for seat in seats)]
         running = [seat.nvshmem for seat in seats]
@@ -112,10 +111,11 @@ def create(
     owner: Owner,
     comm_stream: torch.cuda.Stream | None,
     num_sms: int | None,
+    topology: Topology,
 ) -> Transport:
     """Make the transport of a choice. Collective."""
     if choice.backend == "collective":
-        return CollectiveTransport(config, member, owner, comm_stream)
+        return CollectiveTransport(config, member, owner, comm_stream, topology)
     from qcomm.transport.nvlink import NvlinkTransport
 
     assert choice.provider is not None
@@ -125,8 +125,7 @@ def create(
 
 def _seat(device: torch.device) -> _Seat:
     capability = local_capability(device)
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
-    host = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+    host = host_id()
     if device.type != "cuda":
         return _Seat(capability, host, "", (), None, ())
     count = torch.cuda.device_count()
@@ -136,6 +135,10 @@ def _seat(device: torch.device) -> _Seat:
     ]
     running = symmetric.running_nvshmem() if "nvshmem" in capability.providers else None
     return _Seat(capability, host, uuids[device.index], tuple(reachable), running, tuple(uuids))
+
+
+def _several_nodes(topology: Topology) -> str | None:
+    return None if topology.num_nodes == 1 else f"ranks are on {topology.num_nodes} nodes"
 
 
 def _limit(config: BufferConfig, num_ranks: int) -> str | None:
