@@ -35,7 +35,7 @@ import harness
 import torch
 from distributions import SOURCES, make_source
 
-from qcomm import exchange, reference_exchange, validate
+from qcomm import exchange, reference, reference_exchange, validate
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
@@ -133,7 +133,7 @@ def combine(layer: Layer, wire: Wire) -> torch.Tensor:
         tokens = slots[rank, :count]
         sums = exchange.partial_sums(layer.y, rows[rank, tokens], layer.topk_weights[tokens])
         parts.append(wire.carry(sums))
-    return exchange.sum_over_ranks(parts, routing.send_slot, sizes.hidden)
+    return reference.to_dtype(exchange.sum_parts(parts, routing.send_slot, sizes.hidden), torch.bfloat16)
 
 
 def expected(layer: Layer, wire: WireFormat) -> torch.Tensor:

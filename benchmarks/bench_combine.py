@@ -57,7 +57,8 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
     timing = context.clock.time(lambda: buffer.combine(y, handle, weighted=weighted))
     buffer.check()
     record_bytes = RecordLayout(wire, work.geometry.hidden).num_bytes
-    return [harness.Row(NAME, wire, layout, timing, record_bytes, traffic.remote_in, traffic.remote_out)]
+    moved = buffer.stats().combine_traffic
+    return [harness.Row(NAME, wire, layout, timing, record_bytes, traffic.remote_in, traffic.remote_out, traffic=moved)]
 
 
 def _check(
@@ -75,7 +76,7 @@ def _check(
     """
     layout = handle.recv_layout
     got = oracle.bits(buffer.combine(y, handle, weighted=weighted))
-    want = oracle.bits(oracle.expected_combine(buffer.backend, work, y, wire, layout, weighted))
+    want = oracle.bits(oracle.expected_combine(buffer, work, y, wire, layout, weighted))
     problems = oracle.differing(f"combine, wire {wire}, {layout}", {"sum": got}, {"sum": want})
     harness.require_equal(work.member, problems)
 

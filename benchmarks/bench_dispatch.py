@@ -74,6 +74,7 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
                 remote_records_in=traffic.remote_in,
                 metadata_bytes=4 * MetadataLayout(work.geometry.topk).num_words if name in _ROUTED else 0,
                 recv_dtype=recv_dtype,
+                traffic=buffer.stats().dispatch_traffic,
             )
         )
     return rows

@@ -15,7 +15,8 @@ way. Its bandwidth is the remote bytes of a rank over that time.
 FIGURES. remote: bytes of records that a rank sends to other ranks, of the rank that sends most; bytes of a record are
 those of `qcomm.records.RecordLayout`; metadata is in the JSON lines only. physical: remote / p50. logical: the same
 records at 2 * hidden bytes / p50. x limit: p50 / (bytes of the busiest rank, in or out / ceiling). vs NCCL: p50 of
-all_to_all_single of the same tokens in BF16 / p50.
+all_to_all_single of the same tokens in BF16 / p50. between_nodes_bytes and inside_node_bytes, in the JSON lines, are
+what rank 0 sent (`qcomm.stats.Traffic`); remote counts records that go straight to every rank.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ from qcomm.config import Member, synchronize_hosts
 from qcomm.errors import QcommError
 from qcomm.jit import KernelLoader
 from qcomm.ops.peer_store import launch_peer_store
+from qcomm.stats import Traffic
 from qcomm.table import format_table
 from qcomm.transport.symmetric import allocate
 
 T = TypeVar("T")
 
 _FLUSH_BYTES = 256 * 2**20
-_SLEEP_CYCLES = 2_000_000  # 1 ms at 2 GHz
+_SLEEP_CYCLES = 4_000_000  # 2 ms at 2 GHz: longer than the host takes for a call
 _WARM_UP = {"cuda": 10, "cpu": 2}
 _PEER_BYTES = 64 * 2**20
 _DEADLINE_S = 30.0
@@ -103,6 +105,7 @@ class Row:
         remote_records_in: records the rank that receives most receives from other ranks.
         metadata_bytes: bytes that travel with each record besides it.
         recv_dtype: what the receiver asked for; None for combine and the baselines.
+        traffic: what this rank sent in a call, inside its node and to others; None for the baselines.
     """
 
     call: str
@@ -114,6 +117,7 @@ class Row:
     remote_records_in: int
     metadata_bytes: int = 0
     recv_dtype: str | None = None
+    traffic: Traffic | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +330,7 @@ def json_lines(rows: Sequence[Row], run: Run) -> str:
     for row in rows:
         what = {"call": row.call, "wire": row.wire, "layout": row.layout, "recv_dtype": row.recv_dtype}
         sizes = {"record_bytes": row.record_bytes, "rank_p50_us": row.timing.rank_p50_us}
+        sizes |= {f"{name}_bytes": getattr(row.traffic, name, None) for name in ("between_nodes", "inside_node")}
         lines.append(json.dumps({**run.about, "ceiling_gbs": run.ceiling_gbs, **what, **sizes, **figures(row, run)}))
     return "".join(f"{line}\n" for line in lines)
 

@@ -13,6 +13,7 @@ import torch
 from workload import Workload
 
 from qcomm import reference_exchange
+from qcomm.buffer import Buffer
 from qcomm.formats import RecvDtype, RecvLayout, WireFormat, WireKind, WirePrecision
 from qcomm.handle import DispatchHandle, Received
 
@@ -67,11 +68,12 @@ def expected_dispatch(
 
 
 def expected_combine(
-    backend: str, work: Workload, y: torch.Tensor, wire: WireKind, layout: RecvLayout, weighted: bool
+    measured: Buffer, work: Workload, y: torch.Tensor, wire: WireKind, layout: RecvLayout, weighted: bool
 ) -> torch.Tensor:
-    """Compute what a backend's combine of `y` must give on this rank. Collective."""
-    if backend == "collective":
-        return _reference_combine(work, y, wire, layout, weighted)
+    """Compute what a buffer's combine of `y` must give on this rank. Collective."""
+    if measured.backend == "collective":
+        topology = measured.topology
+        return _reference_combine(work, y, wire, layout, weighted, topology.ranks_per_node if topology.relays else 1)
     with work.buffer(WirePrecision(combine_fwd=wire), "collective") as buffer:
         _, handle = buffer.dispatch(work.x, work.topk_idx, work.topk_weights, recv_layout=layout)
         return buffer.combine(y, handle, weighted=weighted)
@@ -149,7 +151,7 @@ def _reference_dispatch(
 
 
 def _reference_combine(
-    work: Workload, y: torch.Tensor, wire: WireKind, layout: RecvLayout, weighted: bool
+    work: Workload, y: torch.Tensor, wire: WireKind, layout: RecvLayout, weighted: bool, ranks_per_node: int
 ) -> torch.Tensor:
     _, idxs, weights = _everyones_inputs(work)
     ranks = range(work.member.num_ranks)
@@ -163,7 +165,9 @@ def _reference_combine(
     counts = [work.geometry.tokens for _ in ranks]
     own = [work.member.rank]
     wire_format = WireFormat(wire)
-    (out,) = reference_exchange.combine(ys, arranged, counts, wire=wire_format, weighted=weighted, ranks=own)
+    (out,) = reference_exchange.combine(
+        ys, arranged, counts, wire=wire_format, weighted=weighted, ranks=own, ranks_per_node=ranks_per_node
+    )
     return out
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import plotting
 
 Line = Mapping[str, Any]
-_COLOURS = {"mxfp4": "#2a6f97", "fp8": "#e09f3e", "bf16": "#7a9e7e"}
 _MARKERS = "osD^vPX*"
 
 
@@ -47,7 +46,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         found = sorted(found, key=lambda line: line["geometry"]["tokens"])
         style = {
             # "mxfp4 bytes" are as many as of mxfp4.
-            "color": _COLOURS[wire.split()[0]],
+            "color": plotting.COLOURS[wire.split()[0]],
             "marker": _MARKERS[calls.index(call) % len(_MARKERS)],
             "linestyle": ":" if layout == "-" else "-" if layout == "expert_major" else "--",
             "markersize": 4,

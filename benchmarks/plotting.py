@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+COLOURS = {"mxfp4": "#2a6f97", "fp8": "#e09f3e", "bf16": "#7a9e7e"}
+"""Of the wires."""
 _SUFFIXES = (".svg", ".png")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import plotting
 import torch
 
-from qcomm import validate
+from qcomm import topology, validate
 from qcomm.buffer import Buffer
 from qcomm.config import BufferConfig, Member
 from qcomm.formats import (
@@ -23,7 +24,6 @@ from qcomm.formats import (
     WireKind,
     WirePrecision,
 )
-from qcomm.topology import find
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose
 
 ROUTINGS = ("uniform", "skewed", "hot-rank", "one-expert")
@@ -63,6 +63,7 @@ class Flags:
     seed: int
     lines: Path | None
     plot: Path | None
+    ranks_per_node: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ class Workload:
     x: torch.Tensor
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
+    ranks_per_node: int | None = None
 
     def buffer(
         self, precision: WirePrecision, backend: str, provider: str = "auto", num_sms: int | None = None
@@ -90,6 +92,7 @@ class Workload:
             provider=provider,
             device=self.member.device,
             num_sms=num_sms,
+            ranks_per_node=self.ranks_per_node,
         )
 
 
@@ -115,6 +118,7 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         parser.add_argument("--recv-dtype", choices=("auto", *RECV_DTYPES), default="auto")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--num-sms", type=_positive, metavar="N", help="SMs of each communication kernel")
+    parser.add_argument("--ranks-per-node", type=_positive, metavar="N", help="virtual nodes; default: the hosts")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="lines", help="read lines instead of measuring")
     parser.add_argument("--plot", type=plotting.drawing, metavar="FILE", help="draw them to an .svg or .png")
     given = parser.parse_args()
@@ -130,6 +134,7 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         num_sms=given.num_sms,
         lines=given.lines,
         plot=given.plot,
+        ranks_per_node=given.ranks_per_node,
     )
 
 
@@ -171,6 +176,7 @@ def sizes(flags: Flags, member: Member) -> Geometry:
     given = {name: size for name, size in flags.sizes.items() if size is not None}
     geometry = dataclasses.replace(_SIZES[member.device.type], **given)
     validate.buffer_shape(geometry.experts, geometry.topk, geometry.hidden, geometry.tokens, member.num_ranks)
+    topology.check(flags.ranks_per_node, member.num_ranks)
     return geometry
 
 
@@ -180,7 +186,7 @@ def make(flags: Flags, geometry: Geometry, member: Member) -> Workload:
     x = torch.randn(geometry.tokens, geometry.hidden, generator=generator, device=member.device)
     weights = torch.rand(geometry.tokens, geometry.topk, generator=generator, device=member.device)
     idx = make_routing(flags.routing, geometry, flags.seed, member.rank, member.num_ranks).to(member.device)
-    return Workload(member, geometry, x.to(torch.bfloat16), idx, weights)
+    return Workload(member, geometry, x.to(torch.bfloat16), idx, weights, flags.ranks_per_node)
 
 
 def iterations(flags: Flags, member: Member) -> int:
@@ -223,8 +229,12 @@ def backend_choice(flags: Flags, work: Workload) -> Choice:
         backend=flags.backend,
         provider=flags.provider,
         device_type=work.member.device.type,
+        ranks_per_node=work.ranks_per_node,
+        environ_ranks_per_node=topology.from_environ(os.environ) if work.ranks_per_node is None else None,
     )
-    return choose(config, work.member, find(config, work.member).topology)
+    found = topology.find(config, work.member)
+    choice = choose(config, work.member, found.topology)
+    return choice if found.note is None else dataclasses.replace(choice, reason=f"{choice.reason}; {found.note}")
 
 
 def _positive(text: str) -> int:

@@ -122,7 +122,7 @@ __device__ __forceinline__ bool fetch_tile(const ColumnwiseParams& p, int job, S
     if constexpr (kWholeTiles) load_tile(p, tile, stage);
     const bool found = find_group(p, tile);
     if (!kWholeTiles && found) load_tile(p, tile, stage);
-    copy_wait();
+    copy_wait<0>();
     __syncthreads();
     return found;
 }

@@ -2,7 +2,7 @@
 // sums of each token by rank; combine_decode does both, for few tokens. Float32, every product and every sum
 // rounded; the order of addition is fixed.
 #include "sender.cuh"
-#include "sum.cuh"
+#include "topk.cuh"
 #include "wait.cuh"
 
 // Whether numbers of rows may travel along; the kernel for few tokens has no registers for them.
@@ -17,17 +17,18 @@ struct CombineSendParams {
     const int32_t* record_rows;       // [records, width]
     const float* record_weights;      // [records, width], or null for a plain sum
     const int32_t* record_src_token;  // [records]
-    const float* record_values;       // [records, kNumTopk] that travel behind the records, or null
+    const float* row_values;          // [rows, values_width] that travel behind the records, or null
     const uint8_t* y;                 // [rows, kHidden] bf16
     Quantizer quantizer;
     int32_t width;
+    int32_t values_width;  // 1, or kNumTopk where a record has one row
 };
 
 static_assert(sizeof(CombineSendParams) == QCOMM_SIZEOF_COMBINE_SEND, "qcomm/ops/combine.py holds the same");
 
 struct CombineRecvParams {
     Comm comm;
-    const int32_t* send_slot;  // [num_tokens, num_ranks + kForwardNodes]
+    const int32_t* send_slot;  // [num_tokens, slots_per_token]
     uint8_t* out;              // out [num_tokens, kHidden] bf16
     float* values;             // out [num_tokens, kNumTopk], sums of what came, or null
     int32_t num_tokens;
@@ -39,6 +40,11 @@ static_assert(sizeof(CombineRecvParams) == QCOMM_SIZEOF_COMBINE_RECV, "qcomm/ops
 constexpr int kChunkBytes = 2 * kVec * kTeamThreads;
 constexpr int kChunks = QCOMM_CHUNKS;
 static_assert(kChunkBytes == QCOMM_CHUNK_BYTES, "qcomm/ops/combine.py computes the same");
+
+// Chunks of a record that are on their way before its team is told of it. A team that is not the only one may
+// look for a chunk only then: before, what was in the chunk's place may still be on its own way, and a
+// barrier cannot tell one use from the next but one.
+constexpr uint32_t kLoadedFirst = kTeams == 1 ? 0 : kChunks;
 
 // What the warp that loads a record's rows tells those that sum and send it.
 struct Item {
@@ -52,10 +58,22 @@ struct Item {
     float values[kNumTopk];
 };
 
+// What the loading warp reads of a record ahead of its rows, by asynchronous copies.
+struct Ahead {
+    int32_t rows[kNumTopk];  // -1 for none
+    float weights[kNumTopk];
+    float values[kNumTopk];
+    int32_t token;
+    int32_t i;  // see BlockRecords
+};
+
+constexpr uint32_t kRowsAhead = 6, kValuesAhead = 3, kAhead = 8;  // records
+
 // What the warps of a block share.
 struct SumBoard {
     Outbox outbox;
     Item items[kStages];
+    Ahead ahead[kAhead];
     Signals<kStages> told;    // the item is there
     Signals<kChunks> loaded;  // the chunk is there
     Signals<kChunks> summed;  // and may be overwritten
@@ -94,15 +112,6 @@ struct BlockRecords {
     }
 };
 
-// One record's rows, one a lane, as they were read ahead.
-struct Rows {
-    int i;
-    int token;
-    int row;  // -1 for none
-    float weight;
-    float value;
-};
-
 // Where a rank's sums for a source go: to the source, or, where its node's sums are added up first, to the
 // rank here that does it for that source; and under the number of which rank they lie there.
 struct SumRoute {
@@ -120,7 +129,7 @@ __device__ __forceinline__ SumRoute route_of(const Comm& comm, int source) {
 
 // What travels of a record.
 __device__ __forceinline__ int bytes_sent(const CombineSendParams& p) {
-    return kRecordBytes + (kTakesValues && p.record_values != nullptr ? kMetadataBytes : 0);
+    return kRecordBytes + (kTakesValues && p.row_values != nullptr ? kMetadataBytes : 0);
 }
 
 // Where a token's sums from a rank are. Sums of another node, where they are added up there first, count as
@@ -130,86 +139,118 @@ __device__ __forceinline__ bool by_node(const Comm& comm, int rank) {
 }
 
 __device__ __forceinline__ int slot_of_sum(const Comm& comm, const int32_t* send_slot, int token, int rank) {
-    const int64_t first = static_cast<int64_t>(token) * (comm.num_ranks + kForwardNodes);
+    const int64_t first = static_cast<int64_t>(token) * slots_per_token(comm);
     if (!by_node(comm, rank)) return send_slot[first + rank];
     return rank % max(1, kRanksPerNode) == 0 ? send_slot[first + comm.num_ranks + node_of(rank)] : -1;
 }
 
 __device__ __forceinline__ int sums_index(const Comm& comm, int rank) {
-    return by_node(comm, rank) ? node_of(rank) : rank;
-}
-
-__device__ __forceinline__ uint64_t sum_flags(const Comm& comm, int rank) {
-    return by_node(comm, rank) ? comm.state->nodes.node_sum_flags : comm.combine_flags;
+    return by_node(comm, rank) ? comm.num_ranks + node_of(rank) : rank;
 }
 
 __device__ __forceinline__ uint8_t* combine_outbox(const Comm& comm) {
     return region<uint8_t>(comm, comm.rank, comm.state->nodes.combine_outbox);
 }
 
-// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk.
+// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk. What
+// it must know of a record itself it begins to read records before: kRowsAhead of them which rows there are,
+// and, when that is known, kValuesAhead of them the numbers that travel along.
 __device__ __forceinline__ void load_rows(const CombineSendParams& p, const BlockRecords& records,
                                           int num_records, SumBoard& board, uint8_t* chunks) {
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
+    const bool takes_values = kTakesValues && p.row_values != nullptr;
     int i = blockIdx.x - gridDim.x;
-    const auto read = [&] {
-        Rows rows = {i, 0, -1, 1.0f, 0.0f};
+    const auto row_of = [&](uint32_t n) { return lane < p.width ? board.ahead[n % kAhead].rows[lane] : -1; };
+    const auto read_rows = [&](uint32_t n) {
+        if (n >= num_records) return;
         int record = -1;
-        while (record < 0 && rows.i < records.total)
-            record = records.record(rows.i += gridDim.x);
-        i = rows.i;
-        if (record < 0) return rows;
-        rows.token = p.record_src_token[record];
-        if (kTakesValues && p.record_values != nullptr && lane < kNumTopk)
-            rows.value = p.record_values[static_cast<int64_t>(record) * kNumTopk + lane];
-        if (lane >= p.width) return rows;
+        while (record < 0)
+            record = records.record(i += gridDim.x);
+        Ahead& ahead = board.ahead[n % kAhead];
         const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
-        rows.row = p.record_rows[entry];
-        if (p.record_weights != nullptr) rows.weight = p.record_weights[entry];
-        return rows;
+        if (lane < p.width) {
+            copy_async<4>(ahead.rows + lane, p.record_rows + entry, true);
+            if (p.record_weights != nullptr)
+                copy_async<4>(ahead.weights + lane, p.record_weights + entry, true);
+        }
+        if (lane != 0) return;
+        copy_async<4>(&ahead.token, p.record_src_token + record, true);
+        ahead.i = i;
     };
-    Rows next = read(), after = read();
+    const auto read_values = [&](uint32_t n) {
+        if (n >= num_records) return;
+        int row = row_of(n);
+        if (p.values_width != 1) row = __shfl_sync(kAllLanes, row, 0);
+        const int64_t entry = static_cast<int64_t>(row) * p.values_width + (p.values_width == 1 ? 0 : lane);
+        if (lane < kNumTopk)
+            copy_async<4>(board.ahead[n % kAhead].values + lane, p.row_values + (row < 0 ? 0 : entry),
+                          row >= 0);
+    };
+    for (uint32_t n = 0; n < kRowsAhead; ++n) {
+        read_rows(n);
+        copy_commit();
+    }
+    if (takes_values) {
+        copy_wait<0>();
+        for (uint32_t n = 0; n < kValuesAhead; ++n)
+            read_values(n);
+        copy_commit();
+        copy_wait<0>();
+    }
     uint32_t chunk = 0;
     for (uint32_t n = 0; n < num_records; ++n) {
-        const Rows rows = next;
-        next = after;
-        after = read();
+        copy_wait<kValuesAhead - 1>();
+        read_rows(n + kRowsAhead);
+        if (takes_values) read_values(n + kValuesAhead);
+        copy_commit();
+        const Ahead& ahead = board.ahead[n % kAhead];
+        const int row = row_of(n);
         board.outbox.read.wait_before(n);
         Item& item = board.items[n % kStages];
-        const uint32_t mask = __ballot_sync(kAllLanes, rows.row >= 0);
-        if (rows.row >= 0) item.weights[__popc(mask & ((1u << lane) - 1))] = rows.weight;
-        if (kTakesValues && lane < kNumTopk) item.values[lane] = rows.value;
+        const uint32_t mask = __ballot_sync(kAllLanes, row >= 0);
+        const int num_rows = __popc(mask), mine = __popc(mask & ((1u << lane) - 1));
+        if (row >= 0) item.weights[mine] = p.record_weights != nullptr ? ahead.weights[lane] : 1.0f;
+        if (takes_values && lane < kNumTopk) item.values[lane] = ahead.values[lane];
         if (lane == 0) {
-            const int source = records.source(rows.i);
+            const int source = records.source(ahead.i);
             const auto [to, from] = route_of(comm, source);
-            const int64_t index = slot_index(comm, from, records.slot(rows.i));
+            const int64_t index = slot_index(comm, from, records.slot(ahead.i));
             item.destination = region<uint8_t>(comm, to, comm.combine_records) + index * kSlotBytes;
             item.flag = flag_at(comm, to, comm.combine_flags, index);
 #if QCOMM_NVSHMEM
             if (!kForwards && !same_node(comm, source)) {
-                const int64_t slot = slot_index(comm, source, records.slot(rows.i));
+                const int64_t slot = slot_index(comm, source, records.slot(ahead.i));
                 item.destination = combine_outbox(comm) + slot * kSlotBytes;
             }
 #endif
-            item.token = rows.token;
+            item.token = ahead.token;
             item.source = source;
             item.first_chunk = chunk;
-            item.num_rows = __popc(mask);
+            item.num_rows = num_rows;
         }
-        board.told.arrive(n);
+        // Each lane loads its row, as many at a time as the ring has room for.
+        uint32_t done = 0;
 #pragma unroll 1
         for (int step = 0; step < kVecsPerThread; ++step) {
             const int num_bytes = min(kChunkBytes, 2 * kHidden - step * kChunkBytes);
-            for (uint32_t left = mask; left != 0; left &= left - 1, ++chunk) {
-                const int row = __shfl_sync(kAllLanes, rows.row, __ffs(left) - 1);
-                board.summed.wait_before(chunk);
-                if (lane != 0) continue;
-                const uint8_t* y = p.y + static_cast<int64_t>(row) * (2 * kHidden) + step * kChunkBytes;
-                mbarrier_arrive_expect(board.loaded.of(chunk), num_bytes);
-                bulk_load(chunks + chunk % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(chunk));
+            for (int first = 0; first < num_rows;) {
+                const int last = min(num_rows, static_cast<int>(first + kChunks - done % kChunks));
+                if (done == kLoadedFirst) board.told.arrive(n);
+                if (row >= 0 && mine >= first && mine < last) {
+                    const uint32_t at = chunk + mine - first;
+                    const uint8_t* y = p.y + static_cast<int64_t>(row) * (2 * kHidden) + step * kChunkBytes;
+                    board.summed.wait_before(at);
+                    mbarrier_arrive_expect(board.loaded.of(at), num_bytes);
+                    bulk_load(chunks + at % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(at));
+                }
+                __syncwarp();
+                chunk += last - first;
+                done += last - first;
+                first = last;
             }
         }
+        if (done <= kLoadedFirst) board.told.arrive(n);
     }
 }
 
@@ -220,23 +261,25 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
     for (uint32_t n = team.number; n < num_records; n += kTeams) {
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
+        const int num_rows = item.num_rows, token = item.token;
         Quantizer quantizer = p.quantizer;
         quantizer.subsequence = p.comm.num_ranks * (1 + item.source) + p.comm.rank;
-        uint32_t chunk = item.first_chunk;
+        Cursor<kChunks> chunk(item.first_chunk);
 #pragma unroll 1
         for (int step = 0; step < kVecsPerThread; ++step) {
             const int vec = team.vec(step);
             float sum[kVec] = {};
 #pragma unroll 1
-            for (int row = 0; row < item.num_rows; ++row, ++chunk) {
+            for (int row = 0; row < num_rows; ++row) {
                 const float weight = item.weights[row];
                 board.loaded.wait(chunk);
                 const uint4* y =
-                    reinterpret_cast<const uint4*>(chunks + chunk % kChunks * kChunkBytes) + 2 * team.thread;
+                    reinterpret_cast<const uint4*>(chunks + chunk.index * kChunkBytes) + 2 * team.thread;
                 uint32_t data[kVec / 2];
                 unpack(y[0], data);
                 unpack(y[1], data + 4);
                 board.summed.arrive(chunk);
+                chunk.next();
                 float term[kVec];
                 decode_bf16(data, term);
 #pragma unroll
@@ -245,7 +288,7 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
                     sum[e] = __fadd_rn(sum[e], term[e]);
                 }
             }
-            const LaneVec encoded = encode_wire<false>(sum, 0, quantizer, item.token, vec);
+            const LaneVec encoded = encode_wire<false>(sum, 0, quantizer, token, vec);
             write_record(stage_of(stages, n), encoded, vec);
         }
         board.outbox.hand_over(n);
@@ -269,6 +312,7 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
     Sender sender(board.outbox, stages, epoch, parts);
     const int lane = threadIdx.x % 32;
     bool came = true;
+    if (kBegins && blockIdx.x == 0 && sender.number() == 0) announce(comm, epoch);
     if (kBegins && lane < comm.num_ranks) {
         const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
         came = blockIdx.x == 0 && sender.number() == 0 ? wait_for_peer(comm, flag, epoch, lane, kPhaseBarrier)
@@ -279,12 +323,13 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
         uint8_t* record = sender.next();
-        if (kTakesValues && p.record_values != nullptr) {
+        if (kTakesValues && p.row_values != nullptr) {
             if (lane < kNumTopk) reinterpret_cast<float*>(record + kRecordBytes)[lane] = item.values[lane];
             fence_proxy_async_shared();
             __syncwarp();
         }
         const uint32_t num_bytes = bytes_sent(p);
+        uint8_t* destination = sends ? item.destination : nullptr;
         uint32_t* flag = sends ? item.flag : nullptr;
 #if QCOMM_NVSHMEM
         if constexpr (!kForwards) {
@@ -292,13 +337,13 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
             int outbox_slot = 0;
             if (sends && !same_node(comm, item.source)) {
                 put = {item.source, static_cast<int32_t>((flag - parts.flags) / kFlagWords)};
-                outbox_slot = static_cast<int>((item.destination - parts.outbox) / kSlotBytes);
+                outbox_slot = static_cast<int>((destination - parts.outbox) / kSlotBytes);
                 flag = nullptr;
             }
             sender.will_put(put, outbox_slot);
         }
 #endif
-        sender.send(sends ? item.destination : nullptr, flag, num_bytes);
+        sender.send(destination, flag, num_bytes);
     }
     sender.finish();
 }
@@ -329,14 +374,13 @@ __device__ __forceinline__ void init(SumBoard& board) {
 }
 
 // Warps take parts of tokens in turn. A warp waits for the flags of the ranks a token went to, and reads its
-// part of each of their records once.
+// part of each of their records once. The loops stand here and again in combine_forward.cu, because as a
+// function that both call they take registers that combine_decode does not have.
 __device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t epoch) {
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
     const int warp = blockIdx.x + gridDim.x * (threadIdx.x / 32), num_warps = gridDim.x * (blockDim.x / 32);
     const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.combine_records);
-    const uint8_t* node_sums =
-        kForwards ? region<uint8_t>(comm, comm.rank, comm.state->nodes.node_sums) : nullptr;
     const auto slot_of = [&](int part) {
         const int token = part / kPartsPerToken;
         return lane < comm.num_ranks && token < p.num_tokens ? slot_of_sum(comm, p.send_slot, token, lane)
@@ -350,26 +394,51 @@ __device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t ep
         next_slot = slot_of(part + num_warps);
         bool arrived = true;
         if (slot >= 0) {
-            const uint32_t* flag = flag_at(comm, comm.rank, sum_flags(comm, lane),
-                                           slot_index(comm, sums_index(comm, lane), slot));
+            const uint32_t* flag = region<uint32_t>(comm, comm.rank, comm.combine_flags) +
+                                   slot_index(comm, sums_index(comm, lane), slot) * kFlagWords;
             arrived = wait_flag(comm, flag, epoch, lane, kPhaseCombine);
         }
         if (!__all_sync(kAllLanes, arrived)) return;
         const uint32_t ranks = __ballot_sync(kAllLanes, slot >= 0);
-        const auto record_of = [&](int rank) {
-            const int64_t index =
-                slot_index(comm, sums_index(comm, rank), __shfl_sync(kAllLanes, slot, rank));
-            return (by_node(comm, rank) ? node_sums : records) + index * kSlotBytes;
+        const auto index_of = [&](int rank) {
+            return slot_index(comm, sums_index(comm, rank), __shfl_sync(kAllLanes, slot, rank));
         };
         if (kTakesValues && p.values != nullptr && first_vec == 0) {
-            const float value = add_values(ranks, record_of);
+            float value = 0.0f;
+            for (uint32_t left = ranks; left != 0; left &= left - 1) {
+                const int rank = __ffs(left) - 1;
+                const int64_t index = index_of(rank);
+                const volatile float* values =
+                    reinterpret_cast<const volatile float*>(records + index * kSlotBytes + kRecordBytes);
+                if (lane < kNumTopk) value += values[lane];
+            }
             if (lane < kNumTopk) p.values[static_cast<int64_t>(token) * kNumTopk + lane] = value;
         }
 #pragma unroll 1
         for (int step = 0; step < kPartVecs; ++step) {
             const int vec = first_vec + step * 32 + lane;
             float sum[kVec] = {};
-            add_records(ranks, record_of, vec, sum);
+            for (uint32_t left = ranks; left != 0;) {
+                LaneVec parts[kSumBatch];
+                bool valid[kSumBatch];
+#pragma unroll
+                for (int i = 0; i < kSumBatch; ++i) {
+                    valid[i] = left != 0;
+                    const int rank = valid[i] ? __ffs(left) - 1 : 0;
+                    left &= left - 1;
+                    const int64_t index = index_of(rank);
+                    if (valid[i]) parts[i] = read_record(records + index * kSlotBytes, vec);
+                }
+#pragma unroll
+                for (int i = 0; i < kSumBatch; ++i) {
+                    if (!valid[i]) continue;
+                    float part[kVec];
+                    decode_wire(parts[i], part);
+#pragma unroll
+                    for (int e = 0; e < kVec; ++e)
+                        sum[e] = __fadd_rn(sum[e], part[e]);
+                }
+            }
             if (vec >= kNumVecs) continue;
             LaneVec out;
             encode_bf16(sum, out.bf16());
@@ -416,7 +485,6 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.send.comm;
     const uint32_t epoch = comm.state->epoch + 1;
     if (threadIdx.x == 0) init(board);
-    if (blockIdx.x == 0) announce(comm, epoch);
     if (!__syncthreads_or(timed_out(comm))) {
         reduce_and_send<true>(p.send, epoch, board, shared);
         add_sums(p.recv, epoch);

@@ -1,6 +1,7 @@
 // The hop of combine between nodes: adds up this node's sums for a token of another node, in float32 by rank,
 // and puts the one record that they make to the token's rank.
-#include "sum.cuh"
+#include "record.cuh"
+#include "topk.cuh"
 #include "wait.cuh"
 
 static_assert(kForwards && kNodes > 0);
@@ -17,6 +18,47 @@ static_assert(sizeof(CombineForwardParams) == QCOMM_SIZEOF_COMBINE_FORWARD,
               "qcomm/ops/forward.py holds the same");
 
 constexpr int kEntryWords = 1 + kRanksPerNode;
+
+// Adds one lane's parts of the records of `ranks`, a bit each; record_of(rank) says where one is. Call from a
+// warp.
+template <typename RecordOf>
+__device__ __forceinline__ void add_records(uint32_t ranks, const RecordOf& record_of, int vec,
+                                            float (&sum)[kVec]) {
+    for (uint32_t left = ranks; left != 0;) {
+        LaneVec parts[kSumBatch];
+        bool valid[kSumBatch];
+#pragma unroll
+        for (int i = 0; i < kSumBatch; ++i) {
+            valid[i] = left != 0;
+            const int rank = valid[i] ? __ffs(left) - 1 : 0;
+            left &= left - 1;
+            const uint8_t* record = record_of(rank);
+            if (valid[i]) parts[i] = read_record(record, vec);
+        }
+#pragma unroll
+        for (int i = 0; i < kSumBatch; ++i) {
+            if (!valid[i]) continue;
+            float part[kVec];
+            decode_wire(parts[i], part);
+#pragma unroll
+            for (int e = 0; e < kVec; ++e)
+                sum[e] = __fadd_rn(sum[e], part[e]);
+        }
+    }
+}
+
+// Adds this lane's numbers that came behind the records.
+template <typename RecordOf>
+__device__ __forceinline__ float add_values(uint32_t ranks, const RecordOf& record_of) {
+    const int lane = threadIdx.x % 32;
+    float value = 0.0f;
+    for (uint32_t left = ranks; left != 0; left &= left - 1) {
+        const volatile float* values =
+            reinterpret_cast<const volatile float*>(record_of(__ffs(left) - 1) + kRecordBytes);
+        if (lane < kNumTopk) value += values[lane];
+    }
+    return value;
+}
 
 // Any grid, any block of whole warps. A warp takes every token of another node that came by this rank in
 // turn: waits for the sums of the ranks here that it went to, reads each once, writes their sum to the outbox
@@ -67,10 +109,9 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
             }
             fence_sys();
             __syncwarp();
-            const int64_t place = slot_index(comm, here, i);
-            const Nodes& nodes = comm.state->nodes;
-            put(region<uint8_t>(comm, comm.rank, nodes.node_sums) + place * kSlotBytes, out, num_bytes,
-                flag_at(comm, comm.rank, nodes.node_sum_flags, place), epoch, source);
+            const int64_t place = slot_index(comm, comm.num_ranks + here, i);
+            put(region<uint8_t>(comm, comm.rank, comm.combine_records) + place * kSlotBytes, out, num_bytes,
+                flag_at(comm, comm.rank, comm.combine_flags, place), epoch, source);
         }
     }
 }

@@ -11,15 +11,16 @@ static_assert(sizeof(CountParams) == QCOMM_SIZEOF_COUNT, "qcomm/ops/count.py hol
 // Waits for every rank's counts and counts what comes. Zeroes the overflow counters of the receive that
 // follows.
 //
-// Grid 1, any block of whole warps. Dynamic shared memory: count_records' table.
+// Grid 1, any block of whole warps. Dynamic shared memory: the counts, then count_records' table.
 extern "C" __global__ void count(const __grid_constant__ CountParams params) {
-    extern __shared__ int32_t table[];
+    extern __shared__ int32_t counts[];
     const Comm& comm = params.comm;
     const Placement& p = params.placement;
     const uint32_t epoch = comm.state->epoch;
     __shared__ uint32_t came;
-    const bool ready = wait_for_counts(comm, WholeBlock(), epoch, true, &came);
-    if (ready) count_records(comm, WholeBlock(), p, epoch, table, true);
+    const bool ready = gather_counts(comm, WholeBlock(), epoch, true, counts, &came);
+    int32_t* table = counts + comm.num_ranks * (2 + comm.num_local_experts);
+    if (ready) count_records(comm, WholeBlock(), p, counts, table, true);
     if (threadIdx.x < 2) p.overflows[threadIdx.x] = 0;
     if (p.host == nullptr) return;
     __threadfence_system();

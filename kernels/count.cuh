@@ -16,39 +16,40 @@ struct FirstThreads {
     __device__ __forceinline__ void sync() const { barrier_sync<kThreads>(15); }
 };
 
-// Waits for every rank's counts; returns false past the deadline. Call from all threads of a group, of a warp
-// at least; one of the call notes how long each peer kept it waiting. `came` is shared memory.
+// Waits for every rank's counts and copies them to shared memory, `counts` [num_ranks][2 +
+// num_local_experts]; returns false past the deadline. Call from all threads of a group; one of the call
+// notes how long each peer kept it waiting. `came` is shared memory.
 template <typename Group>
-__device__ __forceinline__ bool wait_for_counts(const Comm& comm, const Group& group, uint32_t epoch,
-                                                bool notes, uint32_t* came) {
-    if (threadIdx.x < 32) {
-        bool mine = true;
-        if (threadIdx.x < comm.num_ranks) {
-            const uint32_t* flag = flag_at(comm, comm.rank, comm.route_flags, threadIdx.x);
-            mine = notes ? wait_for_peer(comm, flag, epoch, threadIdx.x, kPhaseRoute)
-                         : wait_flag(comm, flag, epoch, threadIdx.x, kPhaseRoute);
-        }
-        const bool all = __all_sync(0xffffffffu, mine);
-        if (threadIdx.x == 0) *came = all;
+__device__ __forceinline__ bool gather_counts(const Comm& comm, const Group& group, uint32_t epoch,
+                                              bool notes, int32_t* counts, uint32_t* came) {
+    if (threadIdx.x == 0) *came = 1;
+    group.sync();
+    const int width = 2 + comm.num_local_experts;
+    for (int i = threadIdx.x; i < comm.num_ranks * width; i += group.size()) {
+        const int source = i / width;
+        const Count* count = counts_of(comm, comm.rank, epoch, source) + i % width;
+        const bool here = notes && i % width == 0
+                              ? wait_for_peer(comm, &count->epoch, epoch, source, kPhaseRoute)
+                              : wait_flag(comm, &count->epoch, epoch, source, kPhaseRoute);
+        if (!here) *came = 0;
+        counts[i] = *reinterpret_cast<const volatile int32_t*>(&count->value);
     }
     group.sync();
     return *came != 0;
 }
 
 // Says how many records and rows there will be and where each source's rows of an expert begin, from the
-// counts that every rank has sent. Call from all threads of one block, of two warps at least; `table` is
-// shared memory, 2 * num_local_experts + num_ranks + 2 words. A static receive short of rows leaves a notice,
-// if this block `reports`.
+// counts that were gathered. Call from all threads of one block, of two warps at least; `table` is shared
+// memory, 2 * num_local_experts + num_ranks + 2 words. A static receive short of rows leaves a notice, if
+// this block `reports`.
 template <typename Group>
 __device__ __forceinline__ void count_records(const Comm& comm, const Group& group, const Placement& p,
-                                              uint32_t epoch, int32_t* table, bool reports) {
+                                              const int32_t* counts, int32_t* table, bool reports) {
     const int num_ranks = comm.num_ranks, num_local = comm.num_local_experts;
     int32_t* start = table;                  // [num_local + 1]
     int32_t* total = start + num_local + 1;  // [num_local]
     int32_t* offsets = total + num_local;    // [num_ranks + 1]
-    const auto count_of = [&](int source, int word) {
-        return counts_of(comm, comm.rank, epoch, source)[word];
-    };
+    const auto count_of = [&](int source, int word) { return counts[source * (2 + num_local) + word]; };
     for (int expert = threadIdx.x; expert < num_local; expert += group.size()) {
         int sum = 0;
         for (int source = 0; source < num_ranks; ++source)

@@ -5,7 +5,7 @@
 #include "receiver.cuh"
 #include "route.cuh"
 
-static_assert(kTeams == 1, "a block sends one record after the other, then receives");
+static_assert(kTeams <= kSenders, "a warp that sends tells a team of the records that come");
 static_assert(kPlaces);
 
 struct DispatchDecodeParams {
@@ -64,11 +64,12 @@ __device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint
 // Counts what comes into tables of this block, and notes it; returns false past the deadline. Call from the
 // workers.
 __device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
-                                             int32_t* table) {
+                                             int32_t* counts) {
     const Comm& comm = p.send.comm;
     const Placement& placement = p.recv.placement;
     const FirstThreads<32 * kWorkers> workers;
     const int num_local = comm.num_local_experts, num_ranks = comm.num_ranks;
+    int32_t* table = counts + num_ranks * (2 + num_local);
     Placement& mine = decode.recv.placement;
     if (threadIdx.x == 32 * (kWorkers - 1)) {
         decode.recv = p.recv;
@@ -78,8 +79,8 @@ __device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint
         if (placement.group_offsets != nullptr)
             mine.group_offsets = mine.source_starts + num_ranks * num_local;
     }
-    if (!wait_for_counts(comm, workers, epoch, blockIdx.x == 0, &decode.came)) return false;
-    count_records(comm, workers, mine, epoch, table, blockIdx.x == 0);
+    if (!gather_counts(comm, workers, epoch, blockIdx.x == 0, counts, &decode.came)) return false;
+    count_records(comm, workers, mine, counts, table, blockIdx.x == 0);
     workers.sync();
     if (blockIdx.x != 0) return true;
     for (int i = threadIdx.x; i <= num_ranks; i += workers.size())
@@ -91,11 +92,20 @@ __device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint
     return true;
 }
 
-// Any grid whose blocks are on the GPU at the same time; kWorkers warps and kSenders more, the last of which
-// also tells of the records that come. Dynamic shared memory, 128-byte aligned: kStages stages of records,
-// kStages of rows; then the bitmaps of routing, and later, in their place, tables of counts. A block routes
-// and sends its tokens, and receives its records while its own are on their way. Counts the call in
-// state->epoch.
+// What the block will need of the inputs; before it knows anything else.
+__device__ __forceinline__ void prefetch_inputs(const DispatchSendParams& p) {
+    for (int token = threadIdx.x; token < p.num_tokens; token += blockDim.x)
+        prefetch(reinterpret_cast<const Index*>(p.topk_idx) + static_cast<int64_t>(token) * kNumTopk);
+    const int64_t token = blockIdx.x;
+    if (threadIdx.x == 0 && token < p.num_tokens && p.topk_weights != nullptr)
+        prefetch(p.topk_weights + token * kNumTopk);
+}
+
+// Any grid whose blocks are on the GPU at the same time; kWorkers warps and kSenders more, which send, and
+// the last kTeams of which then tell a team of the records that come. Dynamic shared memory, 128-byte
+// aligned: kStages stages of records, kTeams * kStages of rows; then the bitmaps of routing, and later, in
+// their place, tables of counts. A block routes and sends its tokens, and receives its records while its own
+// are on their way. Counts the call in state->epoch.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_decode(const __grid_constant__ DispatchDecodeParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -103,21 +113,23 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.send.comm;
     const uint32_t epoch = comm.state->epoch + 1;
     uint8_t* rows = shared + kStages * kSlotBytes;
-    int32_t* table = reinterpret_cast<int32_t*>(rows + kStages * kStageBytes);
+    int32_t* table = reinterpret_cast<int32_t*>(rows + kTeams * kStages * kStageBytes);
+    prefetch_inputs(p.send);
     if (threadIdx.x == 0) {
         decode.outbox.init();
         decode.inbox.init();
         decode.counted.init(kWorkers);
     }
-    if (blockIdx.x == 0) {
-        announce(comm, epoch);
-        // Before this rank's route flag, for which every block waits.
-        if (threadIdx.x < 2) p.recv.placement.overflows[threadIdx.x] = 0;
-    }
-    if (__syncthreads_or(timed_out(comm))) return;
     const bool works = threadIdx.x < 32 * kWorkers;
     Encoder encoder(p.send);
     if (works) encoder.begin();
+    if (__syncthreads_or(timed_out(comm))) return;
+    // By a warp that has nothing else to do yet. Every warp that tells of records waits for this rank's flag.
+    if (blockIdx.x == 0 && threadIdx.x / 32 == kWorkers) {
+        if (threadIdx.x % 32 < 2) p.recv.placement.overflows[threadIdx.x % 32] = 0;
+        __syncwarp();
+        announce(comm, epoch);
+    }
     route_tokens(p, epoch, decode, reinterpret_cast<uint32_t*>(table));
     if (works) {
         encoder.encode(decode.outbox, shared);
@@ -129,9 +141,10 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         }
     } else {
         send_records(p.send, epoch, decode.outbox, shared);
-        if (threadIdx.x / 32 == kWorkers + kSenders - 1) {
+        const int team = static_cast<int>(threadIdx.x / 32) - (kWorkers + kSenders - kTeams);
+        if (team >= 0) {
             decode.counted.wait(0);
-            if (decode.came != 0) tell_records(decode.recv, epoch, decode.inbox, 0);
+            if (decode.came != 0) tell_records(decode.recv, epoch, decode.inbox, team);
         }
     }
     end_call(comm, epoch);

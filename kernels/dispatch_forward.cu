@@ -73,9 +73,9 @@ __device__ __forceinline__ bool begin(const DispatchForwardParams& p, uint32_t e
         int count = 0;
         if (source != comm.rank && p.replays) count = p.counts[node];
         if (source != comm.rank && !p.replays) {
-            came = wait_flag(comm, flag_at(comm, comm.rank, comm.route_flags, source), epoch, source,
-                             kPhaseRoute);
-            count = came ? counts_of(comm, comm.rank, epoch, source)[2 + comm.num_local_experts] : 0;
+            const Count* put = counts_of(comm, comm.rank, epoch, source) + 2 + comm.num_local_experts;
+            came = wait_flag(comm, &put->epoch, epoch, source, kPhaseRoute);
+            count = came ? *reinterpret_cast<const volatile int32_t*>(&put->value) : 0;
         }
         board.counts[node] = count;
         if (!p.replays && blockIdx.x == 0) p.counts[node] = count;

@@ -48,7 +48,7 @@ __device__ __forceinline__ void gather_tile(const DispatchRecvParams& p, TileSha
                       scale_byte < kHidden / kBlockSize && index >= 0);
     }
     copy_commit();
-    copy_wait();
+    copy_wait<0>();
 }
 
 // Any grid; blocks of whole multiples of kThreads threads, each of which take tiles of 128 rows, by expert,

@@ -12,7 +12,7 @@ struct DispatchSendParams {
     Comm comm;
     const uint8_t* x;    // [num_tokens] rows of bf16, E4M3 or packed E2M1
     const uint8_t* sf;   // fp8: float32 with the strides below; mxfp4: [num_tokens, kHidden / 32]; else null
-    int32_t* send_slot;  // [num_tokens, num_ranks + kForwardNodes]
+    int32_t* send_slot;  // [num_tokens, slots_per_token]
     const int32_t* topk_idx;      // [num_tokens, kNumTopk] of index_words words each, the lowest first
     int32_t* ordinals;            // [num_tokens, kNumTopk]
     const int32_t* topk_weights;  // [num_tokens, kNumTopk] bits of float32, or null for ones
@@ -155,8 +155,8 @@ class FarSender {
         Put put = {-1, 0};
         uint8_t* copy = const_cast<uint8_t*>(parts.outbox) + static_cast<int64_t>(token) * parts.slot_bytes;
         if constexpr (kForwards) {
-            const int width = comm.num_ranks + kForwardNodes;
-            const int32_t* node_slots = p_.send_slot + static_cast<int64_t>(token) * width + comm.num_ranks;
+            const int32_t* node_slots =
+                p_.send_slot + static_cast<int64_t>(token) * slots_per_token(comm) + comm.num_ranks;
             if (lane < kNodes && began && node_slots[lane] >= 0) {
                 put = {counterpart(comm, lane), node_of(comm.rank) * comm.max_tokens + node_slots[lane]};
             }
@@ -195,8 +195,7 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
     const auto rank_of = [&](int token) { return (lane + token + token / gridDim.x) % comm.num_ranks; };
     const auto slot_of = [&](int token) {
         return lane < comm.num_ranks && token < p.num_tokens
-                   ? p.send_slot[static_cast<int64_t>(token) * (comm.num_ranks + kForwardNodes) +
-                                 rank_of(token)]
+                   ? p.send_slot[static_cast<int64_t>(token) * slots_per_token(comm) + rank_of(token)]
                    : -1;
     };
     const int first = blockIdx.x + gridDim.x * sender.number(), step = gridDim.x * kSenders;
@@ -243,7 +242,16 @@ class Encoder {
 
     // Begins to read the first token.
     __device__ __forceinline__ void begin() {
-        if (kLoadsAhead && team_.index < p_.num_tokens) next_ = read_input(p_, team_.index, team_.thread);
+        if (team_.index >= p_.num_tokens) return;
+        if constexpr (kLoadsAhead) {
+            next_ = read_input(p_, team_.index, team_.thread);
+        } else {
+            constexpr int kInputBytes = kInput == kInputBf16  ? 2 * kHidden
+                                        : kInput == kInputFp8 ? kHidden
+                                                              : kHidden / 2;
+            for (int byte = 128 * team_.thread; byte < kInputBytes; byte += 128 * kTeamThreads)
+                prefetch(p_.x + static_cast<int64_t>(team_.index) * kInputBytes + byte);
+        }
     }
 
     __device__ __forceinline__ void encode(Outbox& outbox, uint8_t* shared) {

@@ -34,13 +34,10 @@ struct HostReports {
 // Parts of symmetric memory that there are only with several nodes; offsets as in Comm. An outbox is where
 // this rank's puts are copied from.
 struct Nodes {
-    uint64_t counts_outbox;    // [2][num_ranks] rows as in counts
     uint64_t dispatch_outbox;  // [max_tokens] records
     uint64_t combine_outbox;   // forwarding: [kNodes][max_tokens] records, else [num_ranks][max_tokens]
     uint64_t inbox_flags;      // flags [kNodes][max_tokens]
     uint64_t inbox;  // [kNodes][max_tokens] records from the counterpart in each node, to be forwarded
-    uint64_t node_sum_flags;  // flags [kNodes][max_tokens]
-    uint64_t node_sums;       // [kNodes][max_tokens] records: each node's sums for this rank's tokens
 };
 
 // This rank's device memory, not symmetric. `epoch` counts calls and is the value of every flag of a call.
@@ -53,6 +50,14 @@ struct State {
     Nodes nodes;
 };
 
+// One number of a source's counts: its first bad token + 1, or 0; its records; those of each local expert;
+// where tokens are forwarded, those that it puts here for this node. Number and call are written together, so
+// that none needs a flag.
+struct __align__(8) Count {
+    int32_t value;
+    uint32_t epoch;
+};
+
 // Symmetric memory of every rank, and this rank's place. Offsets are in bytes from peer[r], which is null for
 // ranks of other nodes. A flag is uint32 [kFlagWords], of which the first counts.
 struct Comm {
@@ -62,14 +67,12 @@ struct Comm {
     uint32_t* chunk_flags;   // [kMaxChunks], this rank's own
     uint32_t* chunk_counts;  // [kMaxChunks][num_experts + num_ranks], this rank's own
     uint64_t deadline_ns;
-    uint64_t barrier_flags;  // flags [num_ranks]
-    uint64_t route_flags;    // flags [num_ranks]
-    // int32 [2][num_ranks][counts_width]: bad token + 1, records, per expert; to this node, if it forwards
-    uint64_t counts;
+    uint64_t barrier_flags;     // flags [num_ranks]
+    uint64_t counts;            // Count [2][num_ranks][counts_width]: see Count
     uint64_t dispatch_flags;    // flags [num_ranks][max_tokens]
-    uint64_t combine_flags;     // flags [num_ranks][max_tokens]
+    uint64_t combine_flags;     // flags [slots_per_token][max_tokens]
     uint64_t dispatch_records;  // [num_ranks][max_tokens] records, each with its metadata
-    uint64_t combine_records;   // [num_ranks][max_tokens] records
+    uint64_t combine_records;   // [slots_per_token][max_tokens] records: sums of ranks, then of nodes
     int32_t rank;
     int32_t num_ranks;
     int32_t max_tokens;
@@ -93,21 +96,26 @@ __device__ __forceinline__ int64_t slot_index(const Comm& comm, int source, int 
     return static_cast<int64_t>(source) * comm.max_tokens + slot;
 }
 
+// Slots that a rank keeps for each of its tokens: one at every rank, then one at every node that forwards.
+__device__ __forceinline__ int slots_per_token(const Comm& comm) {
+    return comm.num_ranks + kForwardNodes;
+}
+
 // Flag number `index` of those at `offset` of a rank's symmetric memory.
 template <typename Number>
 __device__ __forceinline__ uint32_t* flag_at(const Comm& comm, int rank, uint64_t offset, Number index) {
     return region<uint32_t>(comm, rank, offset) + index * kFlagWords;
 }
 
-// Words of what one rank tells another: see counts.
+// What one rank tells another: see Count.
 __device__ __forceinline__ int counts_width(const Comm& comm) {
     return 2 + comm.num_local_experts + (kForwards ? 1 : 0);
 }
 
-__device__ __forceinline__ int32_t* counts_of(const Comm& comm, int rank, uint32_t epoch, int source) {
+__device__ __forceinline__ Count* counts_of(const Comm& comm, int rank, uint32_t epoch, int source) {
     const int width = counts_width(comm);
     const int64_t index = static_cast<int64_t>(epoch & 1) * comm.num_ranks + source;
-    return region<int32_t>(comm, rank, comm.counts) + index * width;
+    return region<Count>(comm, rank, comm.counts) + index * width;
 }
 
 // Records of the source that has most, of those that begin at recv_offsets[source].

@@ -25,6 +25,11 @@ __device__ __forceinline__ void raise_far(uint32_t* flag, uint32_t value, int ra
     nvshmemx_signal_op(reinterpret_cast<uint64_t*>(flag), value, NVSHMEM_SIGNAL_SET, rank);
 }
 
+// Writes a word of this rank's memory in that of another; an aligned word arrives whole. Orders nothing.
+__device__ __forceinline__ void put_word(uint64_t* to, uint64_t value, int rank) {
+    nvshmem_uint64_p(to, value, rank);
+}
+
 // Copies num_bytes of this rank's memory to the place `to` in that of another, then raises a
 // flag there: who sees the flag sees the bytes. `from` must stay as it is until then. Call from a whole warp.
 __device__ __forceinline__ void put(void* to, const void* from, uint32_t num_bytes, uint32_t* flag,
@@ -34,6 +39,7 @@ __device__ __forceinline__ void put(void* to, const void* from, uint32_t num_byt
 }
 #else
 __device__ void raise_far(uint32_t* flag, uint32_t value, int rank);
+__device__ void put_word(uint64_t* to, uint64_t value, int rank);
 __device__ void put(void* to, const void* from, uint32_t num_bytes, uint32_t* flag, uint32_t value, int rank);
 #endif
 

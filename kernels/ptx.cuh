@@ -40,6 +40,10 @@ __device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* p) {
     return v;
 }
 
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* p, uint64_t v) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_release_sys(uint32_t* p, uint32_t v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -135,6 +139,21 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, uin
                  : "memory");
 }
 
+// The same for what is not read again soon: L2 gives it up first.
+__device__ __forceinline__ void bulk_store_stream(void* global, const void* shared, uint32_t num_bytes) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
+        "r"(shared_address(shared)), "r"(num_bytes), "l"(policy)
+        : "memory");
+}
+
+// Has a line brought to L2 that will be read.
+__device__ __forceinline__ void prefetch(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 __device__ __forceinline__ void bulk_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -215,9 +234,11 @@ __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits for all of this thread's copies; a barrier then shows them to the block.
+// Waits until at most kPending of this thread's latest groups of copies are incomplete; a barrier then shows
+// the others to the block.
+template <int kPending>
 __device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Packed 16-bit arithmetic: a * b + c rounded once, a * b, and integer minimum and maximum.

@@ -16,7 +16,7 @@ constexpr int kBatch = kVecsPerThread < 2 ? 1 : 2;  // vectors that are loaded t
 __device__ __forceinline__ void write_rows(const DispatchRecvParams& p, const uint8_t* stage, int my_row) {
     const int lane = threadIdx.x % 32;
     const uint8_t* scales = stage + kRowBytes;
-    if (my_row >= 0) bulk_store(p.x + static_cast<int64_t>(my_row) * kRowBytes, stage, kRowBytes);
+    if (my_row >= 0) bulk_store_stream(p.x + static_cast<int64_t>(my_row) * kRowBytes, stage, kRowBytes);
     const bool together = kRowScaleWords % 4 == 0 && p.sf_together;
     if (kRowScaleWords > 0 && together && my_row >= 0) {
         bulk_store(scale_word(p, my_row, 0), scales, 4 * kRowScaleWords);

@@ -10,6 +10,7 @@ constexpr int kVecsPerBlock = kLanesPerBlock<kVec>;
 constexpr int kVecsPerGroup = kLanesPerGroup<kVec>;
 constexpr int kHidden = QCOMM_HIDDEN;
 constexpr WireKind kWire = static_cast<WireKind>(QCOMM_WIRE);
+constexpr int kSumBatch = kWire == kMxfp4 ? 4 : 2;  // records to be added whose loads are in flight together
 constexpr bool kHadamard = QCOMM_HADAMARD;
 constexpr bool kStochastic = QCOMM_STOCHASTIC;
 constexpr int kRecordBytes = QCOMM_RECORD_BYTES;

@@ -4,7 +4,7 @@
 struct RouteParams {
     Comm comm;
     const Index* topk_idx;  // [num_tokens, kNumTopk]
-    int32_t* send_slot;     // out [num_tokens, num_ranks + kForwardNodes]
+    int32_t* send_slot;     // out [num_tokens, slots_per_token]
     int32_t* ordinals;      // out [num_tokens, kNumTopk]: earlier tokens of this rank to the same expert
     int32_t num_tokens;
     int32_t chunk;  // tokens a block numbers, a multiple of 32
@@ -25,8 +25,7 @@ __host__ __device__ constexpr int whole_loads(int num_keys) {
 // shared memory, for num_keys = number_of_keys rounded up to 4: num_keys * (1 + chunk / 32) words:
 // how many earlier tokens go to each, then for each a bitmap of the chunk's tokens. A block
 // publishes its chunk's counts and adds up those of the chunks before it; blocks start in order, so it waits
-// only for blocks that run. The last block, which thereby knows the totals, raises this rank's route flag in
-// every peer.
+// only for blocks that run. The last block, which thereby knows the totals, writes them to every peer.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_constant__ RouteParams p) {
     extern __shared__ __align__(16) uint32_t shared[];
     const Comm& comm = p.comm;
@@ -38,7 +37,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
     const uint32_t epoch = comm.state->epoch + 1;
     const bool is_last = blockIdx.x == gridDim.x - 1;
     const RouteMap map = {comm, shared + num_keys, words, begin};
-    if (blockIdx.x == 0) announce(comm, epoch);
+    if (blockIdx.x == 0 && threadIdx.x < 32) announce(comm, epoch);
 
     for (int i = threadIdx.x; i < num_keys * (1 + words); i += blockDim.x)
         shared[i] = 0;
@@ -81,6 +80,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
         const int bad = *reinterpret_cast<volatile int32_t*>(&comm.state->bad_token);
         publish_counts(comm, epoch, bad,
                        [&](int key) { return static_cast<int>(before[key]) + map.count(key); });
+        __syncthreads();
         if (threadIdx.x == 0) {
             comm.state->bad_token = kNoBadToken;
             comm.state->epoch = epoch;
@@ -91,12 +91,12 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
         const int n = map.number(key, token);
         return n < 0 ? -1 : n + static_cast<int>(before[key]);
     };
-    const int width = comm.num_ranks + kForwardNodes;
-    const int num_slots = (end - begin) * width, num_entries = (end - begin) * kNumTopk;
+    const int num_slots = (end - begin) * slots_per_token(comm), num_entries = (end - begin) * kNumTopk;
     for (int i = threadIdx.x; i < num_slots + num_entries; i += blockDim.x) {
         if (i < num_slots) {
-            const int64_t slot = static_cast<int64_t>(begin) * width + i;
-            p.send_slot[slot] = number(comm.num_experts + i % width, begin + i / width);
+            const int64_t slot = static_cast<int64_t>(begin) * slots_per_token(comm) + i;
+            p.send_slot[slot] =
+                number(comm.num_experts + i % slots_per_token(comm), begin + i / slots_per_token(comm));
         } else {
             const int entry = i - num_slots;
             const int64_t index = static_cast<int64_t>(begin) * kNumTopk + entry;

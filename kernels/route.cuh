@@ -90,41 +90,32 @@ struct RouteMap {
     }
 };
 
-// Where this rank's counts for another are written: there, or where they are put from.
-__device__ __forceinline__ int32_t* counts_for(const Comm& comm, int rank, uint32_t epoch) {
-    if (same_node(comm, rank)) return counts_of(comm, rank, epoch, comm.rank);
-    const int64_t row = static_cast<int64_t>(epoch & 1) * comm.num_ranks + rank;
-    return region<int32_t>(comm, comm.rank, comm.state->nodes.counts_outbox) + row * counts_width(comm);
-}
-
-// Writes this rank's totals to the peers, total(key) for each key, and raises its route flag there. Call from
-// all threads of one block, after what total needs is there.
+// Writes this rank's totals to the peers, total(key) for each key. Call from all threads of one block, after
+// what total needs is there.
 template <typename Total>
 __device__ __forceinline__ void publish_counts(const Comm& comm, uint32_t epoch, int bad_token,
                                                const Total& total) {
-    for (int key = threadIdx.x; key < comm.num_experts + comm.num_ranks; key += blockDim.x) {
+    const auto write = [&](int rank, int word, int value) {
+        const bool near = same_node(comm, rank);
+        Count* count = counts_of(comm, near ? rank : comm.rank, epoch, comm.rank) + word;
+        const uint64_t both = static_cast<uint64_t>(epoch) << 32 | static_cast<uint32_t>(value);
+        if (near) {
+            store_relaxed_sys(reinterpret_cast<uint64_t*>(count), both);
+        } else {
+            put_word(reinterpret_cast<uint64_t*>(count), both, rank);
+        }
+    };
+    for (int key = threadIdx.x; key < number_of_keys(comm); key += blockDim.x) {
         const int rank = key < comm.num_experts ? key / comm.num_local_experts : key - comm.num_experts;
         const int word = key < comm.num_experts ? 2 + key % comm.num_local_experts : 1;
-        counts_for(comm, rank, epoch)[word] = total(key);
-    }
-    if (threadIdx.x < comm.num_ranks) {
-        int32_t* counts = counts_for(comm, threadIdx.x, epoch);
-        counts[0] = bad_token == kNoBadToken ? 0 : bad_token + 1;
         if constexpr (kForwards) {
-            const int key = comm.num_experts + comm.num_ranks + node_of(threadIdx.x);
-            counts[2 + comm.num_local_experts] = total(key);
+            const int node = key - comm.num_experts - comm.num_ranks;
+            if (node >= 0) {
+                write(counterpart(comm, node), 2 + comm.num_local_experts, total(key));
+                continue;
+            }
         }
+        write(rank, word, total(key));
     }
-    if constexpr (kNodes > 0) fence_sys();
-    __syncthreads();
-    if (threadIdx.x < comm.num_ranks && same_node(comm, threadIdx.x)) {
-        store_release_sys(flag_at(comm, threadIdx.x, comm.route_flags, comm.rank), epoch);
-    }
-    if constexpr (kNodes > 0) {
-        for (int rank = threadIdx.x / 32; rank < comm.num_ranks; rank += blockDim.x / 32) {
-            if (same_node(comm, rank)) continue;
-            put(counts_of(comm, comm.rank, epoch, comm.rank), counts_for(comm, rank, epoch),
-                4 * counts_width(comm), flag_at(comm, comm.rank, comm.route_flags, comm.rank), epoch, rank);
-        }
-    }
+    if (threadIdx.x < comm.num_ranks) write(threadIdx.x, 0, bad_token == kNoBadToken ? 0 : bad_token + 1);
 }

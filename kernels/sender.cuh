@@ -9,6 +9,8 @@
 constexpr int kWorkers = kTeams * kTeamWarps;
 constexpr int kSenders = QCOMM_SENDERS;
 static_assert(kSlotBytes >= kRecordBytes + kMetadataBytes, "qcomm/records.py computes the same");
+// So that a stage has one sender, which has sent the record before when it waits for the next.
+static_assert(kStages % kSenders == 0, "qcomm/ops/comm.py sees to it");
 
 // Where a sender's puts go: from the outbox to the same part of another rank's symmetric memory as that of
 // this rank here. Of one record to the next it is slot_bytes.

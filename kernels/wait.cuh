@@ -71,7 +71,8 @@ __device__ __forceinline__ void end_call(const Comm& comm, uint32_t epoch) {
     }
 }
 
-// Tells the peers that this rank has begun a call. Call from one block.
+// Tells the peers that this rank has begun a call. Call from one warp.
 __device__ __forceinline__ void announce(const Comm& comm, uint32_t epoch) {
-    if (threadIdx.x < comm.num_ranks) raise(comm, threadIdx.x, comm.barrier_flags, epoch);
+    const int lane = threadIdx.x % 32;
+    if (lane < comm.num_ranks) raise(comm, lane, comm.barrier_flags, epoch);
 }

@@ -36,6 +36,8 @@ from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
 from qcomm.transport.streams import profiled
 
 _buffer_numbers = itertools.count()
+_buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
+"""Every buffer by its number, which is what handles and operators of torch hold of it."""
 
 
 class Buffer:
@@ -120,13 +122,14 @@ class Buffer:
         agree(self._config, self._member)
         self._nodes = topology.find(self._config, self._member)
         self._choice: Choice = choose(self._config, self._member, self._nodes.topology)
-        self._owner = Owner(next(_buffer_numbers), 0, weakref.ref(self))
+        self._owner = Owner(next(_buffer_numbers), 0)
         if comm_stream is None and self._member.device.type == "cuda":
             comm_stream = torch.cuda.Stream(self._member.device)
         self._comm_stream = comm_stream
         self._transport = create(
             self._choice, self._config, self._member, self._owner, comm_stream, num_sms, self._nodes.topology
         )
+        _buffers[self._owner.buffer] = self
 
     @staticmethod
     def of(handle: DispatchHandle) -> Buffer:
@@ -135,8 +138,17 @@ class Buffer:
         Raises:
             QcommError: it is gone.
         """
-        found = handle.owner.ref()
-        if not isinstance(found, Buffer):
+        return Buffer.numbered(handle.owner.buffer)
+
+    @staticmethod
+    def numbered(number: int) -> Buffer:
+        """Return the buffer of a number, `handle.owner.buffer`.
+
+        Raises:
+            QcommError: it is gone.
+        """
+        found = _buffers.get(number)
+        if found is None:
             raise QcommError("the buffer that the handle belongs to is gone", phase="buffer.of")
         return found
 
@@ -329,7 +341,6 @@ class Buffer:
         transport = self._idle()
         self.check()
         _check_split(return_recv_hook, async_op)
-        wire = self._config.precision.leg("dispatch", backward)
         if handle is None:
             if topk_idx is None:
                 raise ValueError("topk_idx must be given unless handle is, got None")
@@ -338,46 +349,26 @@ class Buffer:
                     f"return_recv_hook must be False unless static=True or a handle is given, got True, static={static}"
                 )
             num_tokens = self._check_routing(x, topk_idx, topk_weights)
-            layout, align, fixed = (
-                recv_layout or "expert_major",
-                128 if alignment is None else alignment,
-                bool(static),
-            )
         else:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights must be None with a handle, got tensors")
             self._check_handle(handle)
-            for name, given, held in (
-                ("recv_layout", recv_layout, handle.recv_layout),
-                ("alignment", alignment, handle.alignment),
-                ("static", static, handle.static),
-                ("num_max_recv_tokens", num_max_recv_tokens, None),
-            ):
-                if given is not None and given != held:
-                    raise ValueError(f"{name} must be the handle's, {held}, got {given}")
-            num_tokens, layout, align, fixed = (
-                handle.num_tokens,
-                handle.recv_layout,
-                handle.alignment,
-                handle.static,
-            )
-        if recv_dtype is None:
-            recv_dtype = "bf16" if wire.kind == "bf16" else "fp8"
-        options = DispatchOptions(
-            recv_layout=layout,
+            num_tokens = handle.num_tokens
+        options = self._options(
+            handle,
+            recv_layout=recv_layout,
             recv_dtype=recv_dtype,
-            alignment=align,
+            alignment=alignment,
             columnwise=columnwise,
-            static=fixed,
-            capacity=num_max_recv_tokens,
             sf_layout=sf_layout,
-            wire=wire,
+            static=static,
+            num_max_recv_tokens=num_max_recv_tokens,
             seed=seed,
+            backward=backward,
             async_op=async_op,
             split=return_recv_hook,
         )
-        _check_options(options)
-        validate.tokens(x, num_tokens=num_tokens, hidden=self._config.hidden, wire=wire, device=self.device)
+        validate.tokens(x, num_tokens=num_tokens, hidden=self._config.hidden, wire=options.wire, device=self.device)
         if handle is None:
             assert topk_idx is not None
             with profiled("dispatch", self.device):
@@ -389,7 +380,7 @@ class Buffer:
                 received, ending = transport.replay(x, handle, options)
             self._log.num_replays += 1
             call = "replay"
-        self._log.dispatched = handle, received.spread_overflows, wire
+        self._log.dispatched = handle, received.spread_overflows, options.wire
         if ending.receive is not None:
             return received, handle, self._leave(call, ending.receive)
         return (received, handle, ending.event) if async_op else (received, handle)
@@ -476,6 +467,55 @@ class Buffer:
             return sums.out, self._leave("combine", ending.receive)
         return (sums.out, ending.event) if async_op else sums.out
 
+    def _options(
+        self,
+        handle: DispatchHandle | None,
+        *,
+        recv_layout: RecvLayout | None,
+        recv_dtype: RecvDtype | None,
+        alignment: int | None,
+        columnwise: bool,
+        sf_layout: ScaleLayout,
+        static: bool | None,
+        num_max_recv_tokens: int | None,
+        seed: int,
+        backward: bool = False,
+        async_op: bool = False,
+        split: bool = False,
+    ) -> DispatchOptions:
+        """Give a dispatch's choices their defaults, a handle's where one is replayed, and check them."""
+        if handle is None:
+            recv_layout, alignment = recv_layout or "expert_major", 128 if alignment is None else alignment
+            static = bool(static)
+        else:
+            for name, given, held in (
+                ("recv_layout", recv_layout, handle.recv_layout),
+                ("alignment", alignment, handle.alignment),
+                ("static", static, handle.static),
+                ("num_max_recv_tokens", num_max_recv_tokens, None),
+            ):
+                if given is not None and given != held:
+                    raise ValueError(f"{name} must be the handle's, {held}, got {given}")
+            recv_layout, alignment, static = handle.recv_layout, handle.alignment, handle.static
+        wire = self._config.precision.leg("dispatch", backward)
+        if recv_dtype is None:
+            recv_dtype = "bf16" if wire.kind == "bf16" else "fp8"
+        options = DispatchOptions(
+            recv_layout=recv_layout,
+            recv_dtype=recv_dtype,
+            alignment=alignment,
+            columnwise=columnwise,
+            static=static,
+            capacity=num_max_recv_tokens,
+            sf_layout=sf_layout,
+            wire=wire,
+            seed=seed,
+            async_op=async_op,
+            split=split,
+        )
+        _check_options(options)
+        return options
+
     def _return_gradients(
         self, rows: torch.Tensor, row_values: torch.Tensor | None, handle: DispatchHandle, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -483,7 +523,7 @@ class Buffer:
 
         Args:
             rows: as `y` of `combine`; summed without weights, on the `combine_bwd` leg.
-            row_values: `[rows]` float32, "token_major" `[rows, num_topk]`, or None.
+            row_values: `[rows]` float32, "token_major" `[rows, num_topk]`, contiguous; or None.
             handle: of the dispatch.
             seed: random bits of stochastic rounding.
 
@@ -536,8 +576,8 @@ class Buffer:
         transport = self._idle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        member, hidden = self._member, self._config.hidden
-        return self._log.stats(member.rank, member.num_ranks, self.num_local_experts, hidden, transport.waited_ns())
+        rank, hidden = self._member.rank, self._config.hidden
+        return self._log.stats(rank, self.topology, self.num_local_experts, hidden, transport.waited_ns())
 
     def reset(self) -> None:
         """Make the buffer usable after a timeout: forget calls in flight, and every handle and hook. Collective.
@@ -548,7 +588,7 @@ class Buffer:
         self._drop_hook("reset()")
         self._owner = Owner(self._owner.buffer, self._owner.generation + 1)
         transport.reset(self._owner.generation)
-        self._log.dispatched = self._log.combined = None
+        self._log.forget()
 
     def destroy(self) -> None:
         """Free what the buffer holds. Collective; a second call does nothing. See `abandon` for dead peers."""

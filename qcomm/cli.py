@@ -1,4 +1,4 @@
-"""The command line: `python -m qcomm info | demo | trace | bench | tune`."""
+"""The command line: `python -m qcomm info | demo | trace | bench | tune | simulate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from qcomm.errors import QcommError
 from qcomm.formats import WIRE_KINDS
 
 _BENCH_PREFIX = "bench_"
-_TUNE = "tune"
+_SCRIPTS = {
+    "tune": "measure how the kernels are best set here; start it with mpirun",
+    "simulate": "count what the exchange puts on each link at any number of nodes, and say how long that should take",
+}
 _SIZES = (
     ("hidden", "elements in a token"),
     ("tokens", "most tokens of a rank; ranks take different numbers of them"),
@@ -50,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("name", nargs="?", metavar="NAME")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark")
 
-    # Its flags are those of the script, --help too.
-    commands.add_parser(_TUNE, add_help=False, help="measure how the kernels are best set here; start it with mpirun")
+    # Their flags are those of the script, --help too.
+    for script, what in _SCRIPTS.items():
+        commands.add_parser(script, add_help=False, help=what)
 
     options, rest = parser.parse_known_args(argv)
-    if options.command == _TUNE:
-        return _tune(rest)
+    if options.command in _SCRIPTS:
+        return _script(options.command, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
@@ -93,11 +97,11 @@ def _bench(name: str | None, arguments: list[str]) -> int:
     return 0
 
 
-def _tune(arguments: list[str]) -> int:
+def _script(name: str, arguments: list[str]) -> int:
     folder = _benchmarks()
     if folder is None:
         return 2
-    _run_script(folder / f"{_TUNE}.py", arguments)
+    _run_script(folder / f"{name}.py", arguments)
     return 0
 
 

@@ -6,6 +6,7 @@ The collective transport is these functions around an all-to-all; the CUDA kerne
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,14 +135,18 @@ def route(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Routing:
     expert_count = member.cumsum(0)
     ordinal = expert_count.gather(1, idx.clamp(min=0)) - 1
     to_rank = member.unflatten(1, (num_ranks, -1)).any(-1)
-    slot = to_rank.cumsum(0) - 1
     return Routing(
         topk_idx=idx,
-        send_slot=torch.where(to_rank, slot, -1).to(torch.int32),
+        send_slot=number(to_rank),
         ordinal=ordinal,
         tokens_per_rank=to_rank.sum(0),
         tokens_per_expert=member.sum(0),
     )
+
+
+def number(goes: torch.Tensor) -> torch.Tensor:
+    """Number the rows that go to each peer, in order: `[num_rows, num_peers]` bool to int32, -1 for the others."""
+    return torch.where(goes, goes.cumsum(0) - 1, -1).to(torch.int32)
 
 
 def tokens_by_slot(send_slot: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -173,6 +178,28 @@ def metadata(
     weights = local.to(torch.float32) if topk_weights is None else torch.where(local, topk_weights[tokens], 0.0)
     words[:, layout.weight] = weights.view(torch.int32)
     return torch.where(tokens[:, None] >= 0, words, -1)
+
+
+def narrow_metadata(
+    words: torch.Tensor, rows: torch.Tensor, num_topk: int, rank: int, num_local_experts: int
+) -> torch.Tensor:
+    """Build the metadata of one rank of a node from that of the node, for the given rows of it; all -1 for row -1."""
+    layout = MetadataLayout(num_topk)
+    if not len(words):
+        return words.new_full((len(rows), words.shape[1]), -1)
+    narrow = words[rows]
+    experts = narrow[:, layout.expert]
+    local = (experts >= 0) & (torch.div(experts, num_local_experts, rounding_mode="floor") == rank)
+    narrow[:, layout.expert] = torch.where(local, experts - rank * num_local_experts, -1)
+    for part in (layout.ordinal, layout.weight):
+        narrow[:, part] = torch.where(local, narrow[:, part], 0)
+    return torch.where(rows[:, None] >= 0, narrow, -1)
+
+
+def group_of(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return for each of the rows the group that it is in, which begin at `offsets`: `[num_rows]` int64."""
+    ends = offsets[1:].to(torch.int64).contiguous()
+    return torch.searchsorted(ends, torch.arange(num_rows, device=offsets.device), right=True)
 
 
 def place(
@@ -370,16 +397,6 @@ def record_values(row_values: torch.Tensor, handle_rows: torch.Tensor) -> torch.
     return torch.where(there, row_values[rows.clamp(min=0)], 0.0)
 
 
-def values_over_ranks(parts: list[torch.Tensor], send_slot: torch.Tensor, num_topk: int) -> torch.Tensor:
-    """Sum the numbers that came back for each token: `[num_tokens, num_topk]` float32; each comes from one rank."""
-    total = torch.zeros(send_slot.shape[0], num_topk, dtype=torch.float32, device=send_slot.device)
-    for rank, part in enumerate(parts):
-        slot = send_slot[:, rank].to(torch.int64)
-        if part.shape[0]:
-            total = torch.where(slot[:, None] >= 0, total + part[slot.clamp(min=0)], total)
-    return total
-
-
 def partial_sums(y: torch.Tensor, handle_rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Sum each record's rows in float32, from zero, in top-k order; products and sums rounded one by one.
 
@@ -403,23 +420,23 @@ def partial_sums(y: torch.Tensor, handle_rows: torch.Tensor, weights: torch.Tens
     return total
 
 
-def sum_over_ranks(parts: list[torch.Tensor], send_slot: torch.Tensor, hidden: int) -> torch.Tensor:
-    """Sum the partial sums that came back for each token, from zero, by rank, in float32; round to bfloat16.
+def sum_parts(parts: Sequence[torch.Tensor], slot: torch.Tensor, width: int) -> torch.Tensor:
+    """Sum for each row what the peers of a hop hold for it, from zero, in the order of the peers, in float32.
 
     Args:
-        parts: for each rank `[slots, hidden]` float32.
-        send_slot: `[num_tokens, num_ranks]` int32.
-        hidden: elements in a token.
+        parts: for each peer `[slots, width]` float32.
+        slot: `[num_rows, num_peers]` int32 place of the row among a peer's, -1 where that holds nothing.
+        width: elements in a row.
 
     Returns:
-        `[num_tokens, hidden]` bfloat16.
+        `[num_rows, width]` float32.
     """
-    total = torch.zeros(send_slot.shape[0], hidden, dtype=torch.float32, device=send_slot.device)
-    for rank, part in enumerate(parts):
-        slot = send_slot[:, rank].to(torch.int64)
+    total = torch.zeros(slot.shape[0], width, dtype=torch.float32, device=slot.device)
+    for peer, part in enumerate(parts):
+        at = slot[:, peer].to(torch.int64)
         if part.shape[0]:
-            total = torch.where(slot[:, None] >= 0, total + part[slot.clamp(min=0)], total)
-    return reference.to_dtype(total, torch.bfloat16)
+            total = torch.where(at[:, None] >= 0, total + part[at.clamp(min=0)], total)
+    return total
 
 
 def combine_subsequence(source: torch.Tensor, rank: int, num_ranks: int) -> torch.Tensor:

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from qcomm import gradients
 from qcomm.buffer import Buffer
 from qcomm.exchange import WireInput
 from qcomm.formats import RecvDtype, RecvLayout, ScaleLayout
 from qcomm.handle import DispatchHandle, Received
-
-_BACKWARD_SEED = 1 << 63
-"""Added to a call's seed on its way back, so that no leg draws the bits of another one."""
 
 
 def dispatch(
@@ -83,12 +81,39 @@ def dispatch(
         "num_max_recv_tokens": num_max_recv_tokens,
         "seed": seed,
     }
+    if not torch.compiler.is_compiling():
+        return _dispatch(x, topk_idx, topk_weights, buffer, options)
+    from qcomm import compiled
+
+    if _is_operator(handle) if handle is not None else static and not buffer.topology.relays:
+        return _with_gradients(*compiled.dispatch(x, topk_idx, topk_weights, buffer, **options))
+    return compiled.outside(_dispatch, x, topk_idx, topk_weights, buffer, options)
+
+
+def _is_operator(handle: DispatchHandle) -> bool:
+    """Tell whether operators take the handle: one that is static and, over several nodes, has nothing to pass on."""
+    return handle.static and handle.relay is None and handle.forward is None
+
+
+def _dispatch(
+    x: WireInput,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    buffer: Buffer,
+    options: dict[str, Any],
+) -> tuple[Received, DispatchHandle]:
     call = _DispatchCall(buffer, x, topk_idx, topk_weights, options)
     tokens = x if isinstance(x, torch.Tensor) else None
     rows, weights = _Dispatch.apply(tokens, topk_weights, call)
-    received, made = call.received, call.handle
-    assert received is not None
-    assert made is not None
+    assert call.received is not None
+    assert call.handle is not None
+    return _with_gradients(rows, weights, call.received, call.handle)
+
+
+def _with_gradients(
+    rows: torch.Tensor, weights: torch.Tensor | None, received: Received, made: DispatchHandle
+) -> tuple[Received, DispatchHandle]:
+    """Put what has gradients into what a dispatch returned."""
     by_token = made.recv_layout == "token_major"
     changes: dict[str, Any] = {"topk_weights" if by_token else "weights": weights}
     changes["x" if rows.dtype == received.x.dtype else "grad_carrier"] = rows
@@ -118,6 +143,16 @@ def combine(y: torch.Tensor, handle: DispatchHandle, *, weighted: bool | None = 
     """
     if weighted is None:
         weighted = handle.recv_layout != "token_major"
+    if not torch.compiler.is_compiling():
+        return _combine(y, handle, weighted, seed)
+    from qcomm import compiled
+
+    if _is_operator(handle):
+        return compiled.combine(y, handle, weighted, seed)
+    return compiled.outside(_combine, y, handle, weighted, seed)
+
+
+def _combine(y: torch.Tensor, handle: DispatchHandle, weighted: bool, seed: int) -> torch.Tensor:
     call = _CombineCall(Buffer.of(handle), handle, weighted, seed)
     out: torch.Tensor = _Combine.apply(y, handle.row_weights if weighted else None, call)
     return out
@@ -153,7 +188,7 @@ class _Dispatch(torch.autograd.Function):
         weights = received.topk_weights if by_token else received.weights
         # Nothing that ctx keeps may be an output: it would keep ctx, and neither would ever be freed.
         ctx.buffer, ctx.handle = call.buffer, _without(handle, rows, weights)
-        ctx.seed, ctx.shape, ctx.device = call.options["seed"] ^ _BACKWARD_SEED, shape, rows.device
+        ctx.seed, ctx.shape, ctx.device = call.options["seed"], shape, rows.device
         ctx.topk_idx = received.topk_idx if by_token else None
         return rows, weights
 
@@ -164,10 +199,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         if d_rows is None:
             d_rows = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
-        if d_weights is not None and ctx.topk_idx is not None:
-            # Of a row's entries only those are its own whose expert is here.
-            d_weights = torch.where(ctx.topk_idx >= 0, d_weights, 0)
-        d_x, d_topk_weights = ctx.buffer._return_gradients(d_rows.contiguous(), d_weights, ctx.handle, ctx.seed)
+        d_x, d_topk_weights = gradients.of_dispatch(ctx.buffer, d_rows, d_weights, ctx.topk_idx, ctx.handle, ctx.seed)
         return d_x if ctx.needs_input_grad[0] else None, d_topk_weights if ctx.needs_input_grad[1] else None, None
 
 
@@ -202,24 +234,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        call, handle = ctx.call, ctx.call.handle
+        call = ctx.call
         row_weights, y = ctx.saved_tensors
-        received, _ = call.buffer.dispatch(
-            d_out.contiguous(),
-            handle=handle,
-            recv_dtype="bf16",
-            backward=True,
-            seed=call.seed ^ _BACKWARD_SEED,
-        )
-        d_rows = received.x
-        if handle.static:
-            # Rows past the last group hold anything.
-            filled = (handle.row_record >= 0).view(*d_rows.shape[:-1], 1)
-            d_rows = torch.where(filled, d_rows, 0)
-        if row_weights is None:
-            return d_rows, None, None
-        weights = row_weights.view(*d_rows.shape[:-1], 1)
-        d_weights = (
-            None if y is None else (d_rows.to(row_weights.dtype) * y.to(row_weights.dtype)).sum(-1).view_as(row_weights)
-        )
-        return (weights * d_rows).to(d_rows.dtype), d_weights, None
+        d_y, d_weights = gradients.of_combine(call.buffer, d_out, row_weights, y, call.handle, call.seed)
+        return d_y, d_weights, None

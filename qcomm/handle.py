@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -39,20 +38,60 @@ class CompletedEvent:
         return True
 
 
-def _nobody() -> None:
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation.
-
-    `ref()` is the buffer itself while it exists.
-    """
+    """Names the buffer, and its generation, that a handle belongs to; `reset()` starts a new generation."""
 
     buffer: int
     generation: int
-    ref: Callable[[], object] = dataclasses.field(default=_nobody, compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Relay:
+    """What a rank passes on within its node, of a dispatch over several nodes of several ranks.
+
+    A token goes once to each node that it has experts on, to the rank of the sender's place in its node: the relay.
+    A relayed record is one such token; they are numbered by source node, then token. Lengths as for `DispatchHandle`.
+
+    Attributes:
+        node_slot: `[num_tokens, num_nodes]` int32: of this rank's tokens, the record number at the relay of that node
+            among this rank's records, -1 where it did not go.
+        src_offsets: `[num_nodes + 1]` int64: first relayed record of each source node, and the number of them.
+        src_token: `[relayed]` int32.
+        rank_slot: `[relayed, ranks_per_node]` int32: the record number at that rank of the node among those from this
+            relay, -1 where it did not go.
+        recv_offsets: `[ranks_per_node + 1]` int64: first record from each relay, as records come.
+        arrival: `[records]` int64: place of each record among them as they come: by relay, source node, token.
+        node_send_counts, node_recv_counts: records per node on the host, or None.
+        send_counts, recv_counts: records per rank of the node, as sent by and to the relays, or None.
+    """
+
+    node_slot: torch.Tensor
+    src_offsets: torch.Tensor
+    src_token: torch.Tensor
+    rank_slot: torch.Tensor
+    recv_offsets: torch.Tensor
+    arrival: torch.Tensor
+    node_send_counts: tuple[int, ...] | None
+    node_recv_counts: tuple[int, ...] | None
+    send_counts: tuple[int, ...] | None
+    recv_counts: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward:
+    """What a rank passes on as a relay where kernels do it: of other nodes' tokens; those of its own go straight.
+
+    Attributes:
+        node_slot: as in `Relay`, -1 for the own node.
+        counts: `[num_nodes]` int32: relayed records from each node, 0 from the own.
+        slots: `[num_nodes, num_max_tokens_per_rank, 1 + ranks_per_node]` int32: source token of each, then `rank_slot`
+            as in `Relay`; valid are as many for each node as `counts` says.
+    """
+
+    node_slot: torch.Tensor
+    counts: torch.Tensor
+    slots: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,10 +125,8 @@ class DispatchHandle:
         group_offsets: `[num_local_experts + 1]` int32: first row of each expert, and the end of the last; None
             in the "token_major" layout.
         send_counts, recv_counts: records per peer on the host, each None where the host does not know it.
-        forward_counts: `[num_nodes]` int32: tokens of each other node that this rank forwarded in its own; None where
-            ranks do not forward.
-        forward_slots: `[num_nodes, num_max_tokens_per_rank, 1 + ranks_per_node]` int32: their source tokens, and
-            their record numbers at the ranks here, -1 where they did not go.
+        relay: what this rank passes on; None where records go straight to the ranks of their experts.
+        forward: the same where kernels pass it on.
     """
 
     owner: Owner
@@ -114,8 +151,41 @@ class DispatchHandle:
     group_offsets: torch.Tensor | None
     send_counts: tuple[int, ...] | None
     recv_counts: tuple[int, ...] | None
-    forward_counts: torch.Tensor | None = None
-    forward_slots: torch.Tensor | None = None
+    relay: Relay | None = None
+    forward: Forward | None = None
+
+
+def part_shapes(
+    recv_layout: RecvLayout,
+    *,
+    num_tokens: int,
+    num_topk: int,
+    num_ranks: int,
+    num_local_experts: int,
+    num_records: int,
+    num_rows: int,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a worst-case handle's tensors, by name, in the order in which one piece of memory has them.
+
+    Each is of 4-byte words. What a "token_major" handle has not stands there too, `row_weights` without elements.
+    """
+    by_token = recv_layout == "token_major"
+    # By token these are the result's rows, of which there may be more than records. To pad them afterwards would
+    # be to read what the hook of a split call has yet to write.
+    known = max(num_records, num_rows) if by_token else num_records
+    return {
+        "row_src": (num_rows, 2),
+        "row_weights": (0 if by_token else num_rows,),
+        "row_record": (num_rows,),
+        "send_slot": (num_tokens, num_ranks),
+        "recv_offsets": (num_ranks + 1,),
+        "record_src_token": (num_records,),
+        "record_topk_idx": (known, num_topk),
+        "record_topk_weights": (known, num_topk),
+        "record_rows": (num_records, 1 if by_token else num_topk),
+        "num_tokens_per_expert": (num_local_experts,),
+        "group_offsets": (num_local_experts + 1,),
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,8 +6,11 @@ The only place that knows them; kernels get the numbers as compile-time constant
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+from qcomm.config import BufferConfig
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WireKind
+from qcomm.topology import Topology
 
 RECORD_ALIGNMENT = 16
 """Bulk copies move multiples of 16 bytes between 16-byte boundaries."""
@@ -152,28 +155,22 @@ class SymmetricLayout:
         """Bytes of each part, in order."""
         slots, nodes = self.num_ranks * self.max_tokens, self.nodes
         flag_bytes = 4 if nodes is None else NODES_FLAG_BYTES
-        forwards = nodes is not None and nodes.forwards
-        counts = 2 * 4 * self.num_ranks * (2 + self.num_local_experts + int(forwards))
+        across = nodes.num_nodes * self.max_tokens if nodes is not None and nodes.forwards else 0
         parts = {
             "barrier_flags": flag_bytes * self.num_ranks,
-            "route_flags": flag_bytes * self.num_ranks,
-            "counts": counts,
+            "counts": 2 * 8 * self.num_ranks * (2 + self.num_local_experts + (across > 0)),
             "dispatch_flags": flag_bytes * slots,
-            "combine_flags": flag_bytes * slots,
+            "combine_flags": flag_bytes * (slots + across),
             "dispatch_records": slots * self.dispatch_slot_bytes,
-            "combine_records": slots * self.combine_slot_bytes,
+            "combine_records": (slots + across) * self.combine_slot_bytes,
         }
         if nodes is None:
             return parts
-        across = nodes.num_nodes * self.max_tokens if nodes.forwards else 0
         return parts | {
-            "counts_outbox": counts,
             "dispatch_outbox": self.max_tokens * nodes.put_slot_bytes,
-            "combine_outbox": (across if nodes.forwards else slots) * self.combine_slot_bytes,
+            "combine_outbox": (across or slots) * self.combine_slot_bytes,
             "inbox_flags": flag_bytes * across,
             "inbox": across * nodes.put_slot_bytes,
-            "node_sum_flags": flag_bytes * across,
-            "node_sums": across * self.combine_slot_bytes,
         }
 
     @property
@@ -189,3 +186,30 @@ class SymmetricLayout:
     def num_bytes(self) -> int:
         """Bytes in all."""
         return sum(align(size, SYMMETRIC_ALIGNMENT) for size in self.sizes.values())
+
+
+def symmetric_layout(config: BufferConfig, num_ranks: int, nodes: NodesLayout | None = None) -> SymmetricLayout:
+    """Lay out a rank's symmetric memory; slots hold the larger of the forward and the backward leg."""
+    return SymmetricLayout(
+        num_ranks=num_ranks,
+        num_local_experts=config.num_experts // num_ranks,
+        max_tokens=config.num_max_tokens_per_rank,
+        dispatch_slot_bytes=_largest_slot(config, "dispatch", MetadataLayout(config.num_topk)),
+        combine_slot_bytes=_largest_slot(config, "combine", ValuesLayout(config.num_topk)),
+        nodes=nodes,
+    )
+
+
+def nodes_layout(config: BufferConfig, topology: Topology, *, forwards: bool) -> NodesLayout | None:
+    """Lay out what a rank needs besides for other nodes; None where there are none."""
+    if topology.num_nodes == 1:
+        return None
+    words = PutLayout(config.num_topk, topology.num_ranks) if forwards else MetadataLayout(config.num_topk)
+    return NodesLayout(topology.num_nodes, forwards, _largest_slot(config, "dispatch", words))
+
+
+def _largest_slot(
+    config: BufferConfig, op: Literal["dispatch", "combine"], behind: MetadataLayout | PutLayout | ValuesLayout
+) -> int:
+    legs = (config.precision.leg(op, backward) for backward in (False, True))
+    return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)

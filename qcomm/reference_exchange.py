@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from qcomm import reference, reference_columnwise
-from qcomm.formats import RecvDtype, RecvLayout, WireFormat
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, RecvDtype, RecvLayout, Rounding, WireFormat
 from qcomm.records import align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 
@@ -209,13 +209,21 @@ def combine(
     weighted: bool,
     seed: int = 0,
     ranks: Sequence[int] | None = None,
+    ranks_per_node: int = 1,
+    rounds_inside: bool = False,
 ) -> list[torch.Tensor]:
     """Compute the sums that come back to the tokens' ranks.
 
     A rank that holds rows of a token starts from zero and adds weight * row in top-k order, each product and
     each sum rounded to float32. The sum travels in the wire format, with random bits at row = source token,
-    subsequence = num_ranks * (1 + source rank) + holding rank. The token's rank starts from zero, adds what
-    comes by holding rank in float32, and rounds to bfloat16.
+    subsequence = num_ranks * (1 + source rank) + sending rank. The token's rank starts from zero, adds what
+    comes by sending rank in float32, and rounds to bfloat16.
+
+    With one rank per node the sending rank is the one that holds the rows. With more, it is the one of the source
+    rank's place in its node: it starts from zero and adds the node's sums by rank, in float32. Either these come to it
+    in float32; or they are rounded to the wire format before as if they went to the source, where those of the source's
+    own node do go, each by itself. What other nodes send is then rounded a second time, with random bits at subsequence
+    = num_ranks * (1 + num_ranks + source rank) + node.
 
     Args:
         ys: for each rank `[rows, hidden]` bfloat16 in the rows of its dispatch, "batched" ones flattened.
@@ -225,6 +233,9 @@ def combine(
         weighted: whether to multiply by the routing weights.
         seed: of stochastic rounding.
         ranks: the tokens' ranks to compute; None for all.
+        ranks_per_node: of an exchange whose sums are added in each node first; 1 of any other.
+        rounds_inside: whether each rank's sums are rounded before they are added in a node, as by the nvshmem backend;
+            the collective one leaves them in float32.
 
     Returns:
         For each of the ranks `[num_tokens, hidden]` bfloat16.
@@ -232,23 +243,105 @@ def combine(
     everyone = []
     for source in range(len(ys)) if ranks is None else ranks:
         out = torch.zeros(nums_tokens[source], ys[0].shape[1], dtype=torch.float32)
-        for rank, (y, here) in enumerate(zip(ys, rows, strict=True)):
-            sums = {}
-            for (of, token), entries in here.rows_of_token.items():
-                if of == source:
-                    total = torch.zeros(y.shape[1], dtype=torch.float32)
-                    for row, weight in entries:
-                        value = y[row].to(torch.float32)
-                        total = total + (torch.tensor(weight, dtype=torch.float32) * value if weighted else value)
-                    sums[token] = total
-            if sums:
-                subsequence = len(ys) * (1 + source) + rank
-                tokens = torch.tensor(list(sums))
-                came = _values(_to_wire(torch.stack(list(sums.values())), wire, seed, subsequence, tokens))
-                for token, value in zip(sums, came, strict=True):
+        for first in range(0, len(ys), ranks_per_node):
+            node = range(first, first + ranks_per_node)
+            parts = [_rank_sums(ys[rank], rows[rank], source, weighted) for rank in node]
+            subsequence = len(ys) * (1 + source) + first + source % ranks_per_node
+            if rounds_inside:
+                sent = zip(node, parts, strict=True)
+                parts = [_sent(sums, wire, seed, len(ys) * (1 + source) + rank) for rank, sums in sent]
+                subsequence = len(ys) * (1 + len(ys) + source) + first // ranks_per_node
+            if not (rounds_inside and source in node):
+                parts = [_sent(_added(parts), wire, seed, subsequence)]
+            for sums in parts:
+                for token, value in sums.items():
                     out[token] = out[token] + value
         everyone.append(reference.to_dtype(out, torch.bfloat16))
     return everyone
+
+
+def combine_difference(
+    ys: Sequence[torch.Tensor],
+    rows: Sequence[ExpectedRows],
+    nums_tokens: Sequence[int],
+    *,
+    wire: WireFormat,
+    weighted: bool,
+    rounds_inside: bool = False,
+) -> list[torch.Tensor]:
+    """Bound how far a combine whose sums are added in each node first may be from one where they are not.
+
+    Let A be the sum over the ranks of the largest magnitude of each rank's sum in a block: one element on the bf16
+    wire, 128 on fp8, 32 on mxfp4. The wire rounds a block whose largest magnitude is a by at most c * a in each
+    element: c is 2^-8 for bf16, 2^-4 for fp8, and for mxfp4 1/4 (half a step of 2 below 6, or saturation from below 8
+    to 6, where 4 is the least that the largest magnitude may be scaled to), 1/2 with stochastic rounding (a whole
+    step), times 32 under a rotation, which may gather a block in one element twice. The combine that adds nothing in
+    nodes is thus within e * A of the exact sum on its wire, where e = c, plus 2^-8 * (1 + e) * A of the last rounding
+    and 2^-20 * A of the additions in float32. So is the other; with e = c + c * (1 + c) where it rounds inside nodes
+    too. They differ by at most both together, and 2^-120 where FP8 scales end.
+
+    Args:
+        ys: as for `combine`, as are the others.
+        rows: where the tokens are.
+        nums_tokens: for each rank.
+        wire: format the sums travel in.
+        weighted: whether to multiply by the routing weights.
+        rounds_inside: whether the sums are rounded inside nodes too.
+
+    Returns:
+        For each rank `[num_tokens, hidden]` float32.
+    """
+    block, rounding = _wire_rounding(wire)
+    both = (rounding, rounding * (2 + rounding) if rounds_inside else rounding)
+    factor = sum(error + 2.0**-8 * (1 + error) + 2.0**-20 for error in both)
+    everyone = []
+    for source, num_tokens in enumerate(nums_tokens):
+        total = torch.zeros(num_tokens, ys[0].shape[1] // block, dtype=torch.float32)
+        for y, here in zip(ys, rows, strict=True):
+            for token, value in _rank_sums(y, here, source, weighted).items():
+                total[token] += value.abs().unflatten(0, (-1, block)).amax(-1)
+        everyone.append((factor * total + 2.0**-120).repeat_interleave(block, dim=1))
+    return everyone
+
+
+def _wire_rounding(wire: WireFormat) -> tuple[int, float]:
+    """Return the elements of a block, and what of its largest magnitude the wire may round each by."""
+    if wire.kind == "bf16":
+        return 1, 2.0**-8
+    if wire.kind == "fp8":
+        return FP8_GROUP_SIZE, 2.0**-4
+    step = 0.25 if wire.rounding is Rounding.NEAREST else 0.5
+    return BLOCK_SIZE, step * (BLOCK_SIZE if wire.hadamard else 1)
+
+
+def _rank_sums(y: torch.Tensor, here: ExpectedRows, source: int, weighted: bool) -> dict[int, torch.Tensor]:
+    """Sum the rows that one rank holds of each token of a source, in float32."""
+    sums = {}
+    for (of, token), entries in here.rows_of_token.items():
+        if of == source:
+            total = torch.zeros(y.shape[1], dtype=torch.float32)
+            for row, weight in entries:
+                value = y[row].to(torch.float32)
+                total = total + (torch.tensor(weight, dtype=torch.float32) * value if weighted else value)
+            sums[token] = total
+    return sums
+
+
+def _added(parts: Sequence[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    """Add up each token's sums, from zero, in float32."""
+    added: dict[int, torch.Tensor] = {}
+    for sums in parts:
+        for token, total in sums.items():
+            added[token] = added.get(token, torch.zeros_like(total)) + total
+    return added
+
+
+def _sent(sums: dict[int, torch.Tensor], wire: WireFormat, seed: int, subsequence: int) -> dict[int, torch.Tensor]:
+    """Return what arrives of each token's sum."""
+    if not sums:
+        return {}
+    came = _to_wire(torch.stack(list(sums.values())), wire, seed, subsequence, torch.tensor(list(sums)))
+    return dict(zip(sums, _values(came), strict=True))
 
 
 def _to_wire(x: Tokens, wire: WireFormat, seed: int, subsequence: int, tokens: torch.Tensor) -> Tokens:
@@ -305,84 +398,3 @@ def _convert(held: Tokens, dtype: RecvDtype) -> tuple[torch.Tensor, torch.Tensor
         return aligned.data, aligned.sf, int(overflows)
     fp8 = held if isinstance(held, FP8Tensor) else reference.quantize_fp8(held)
     return fp8.data, fp8.sf, 0
-
-
-def combine_by_node(
-    ys: Sequence[torch.Tensor],
-    rows: Sequence[ExpectedRows],
-    nums_tokens: Sequence[int],
-    *,
-    wire: WireFormat,
-    weighted: bool,
-    seed: int = 0,
-    ranks_per_node: int,
-) -> list[torch.Tensor]:
-    """Compute the sums of an exchange in which a node's ranks' sums, as they travel, become one record.
-
-    As `combine`, but what other nodes' ranks send goes to the rank of the source's place in their node. It starts from
-    zero, adds by rank in float32, and rounds to the wire format once more, with random bits at subsequence =
-    num_ranks * (1 + num_ranks + source rank) + its node. The token's rank starts from zero and adds by rank its own
-    node's sums, each, and the other nodes' records, in float32.
-
-    The rounding of a record by at most a share r of its block's largest magnitude happens twice for those ranks, so the
-    result is within (2 r + r^2) of the sum of these magnitudes where `combine` is within r, before the last rounding.
-
-    Args:
-        ys: as for `combine`, as are the next five.
-        rows: where the tokens are.
-        nums_tokens: for each rank.
-        wire: format the sums travel in.
-        weighted: whether to multiply by the routing weights.
-        seed: of stochastic rounding.
-        ranks_per_node: ranks of each node.
-
-    Returns:
-        For each rank `[num_tokens, hidden]` bfloat16.
-    """
-    num_ranks = len(ys)
-    everyone = []
-    for source, num_tokens in enumerate(nums_tokens):
-        own = source // ranks_per_node
-        out = torch.zeros(num_tokens, ys[0].shape[1], dtype=torch.float32)
-        for node in range(num_ranks // ranks_per_node):
-            of_node: dict[int, torch.Tensor] = {}
-            for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
-                for token, value in _sent_sums(ys[rank], rows[rank], source, rank, num_ranks, wire, weighted, seed):
-                    if node == own:
-                        out[token] += value
-                    else:
-                        of_node[token] = of_node.get(token, torch.zeros_like(value)) + value
-            if of_node:
-                tokens = torch.tensor(list(of_node))
-                subsequence = num_ranks * (1 + num_ranks + source) + node
-                came = _values(_to_wire(torch.stack(list(of_node.values())), wire, seed, subsequence, tokens))
-                for token, value in zip(of_node, came, strict=True):
-                    out[token] += value
-        everyone.append(out.to(torch.bfloat16))
-    return everyone
-
-
-def _sent_sums(
-    y: torch.Tensor,
-    here: ExpectedRows,
-    source: int,
-    rank: int,
-    num_ranks: int,
-    wire: WireFormat,
-    weighted: bool,
-    seed: int,
-) -> list[tuple[int, torch.Tensor]]:
-    """Return a source's tokens that have rows on a rank, each with the sum that travels from there."""
-    sums = {}
-    for (of, token), entries in here.rows_of_token.items():
-        if of == source:
-            total = torch.zeros(y.shape[1], dtype=torch.float32)
-            for row, weight in entries:
-                value = y[row].to(torch.float32)
-                total = total + (torch.tensor(weight, dtype=torch.float32) * value if weighted else value)
-            sums[token] = total
-    if not sums:
-        return []
-    subsequence = num_ranks * (1 + source) + rank
-    values = _values(_to_wire(torch.stack(list(sums.values())), wire, seed, subsequence, torch.tensor(list(sums))))
-    return list(zip(sums, values, strict=True))

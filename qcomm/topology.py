@@ -24,15 +24,27 @@ class Topology:
     Attributes:
         num_ranks: in the group; a multiple of `ranks_per_node`.
         ranks_per_node: ranks of each node.
+
+    Raises:
+        ValueError, TypeError: a number that is no positive int, or ranks that make no whole nodes.
     """
 
     num_ranks: int
     ranks_per_node: int
 
+    def __post_init__(self) -> None:
+        validate.positive("num_ranks", self.num_ranks)
+        check(self.ranks_per_node, self.num_ranks)
+
     @property
     def num_nodes(self) -> int:
         """Nodes in all."""
         return self.num_ranks // self.ranks_per_node
+
+    @property
+    def relays(self) -> bool:
+        """Whether a token may spare copies by going to a node once: several nodes of several ranks."""
+        return 1 < self.ranks_per_node < self.num_ranks
 
     def node(self, rank: int) -> int:
         """Return the node of a rank."""

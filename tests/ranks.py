@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -104,7 +106,9 @@ class RankPool:
         task = pickle.dumps((fn, args, kwargs))
         pending = {rank: connection for rank, (_, connection) in enumerate(self._workers)}
         for connection in pending.values():
-            connection.send_bytes(task)
+            # A process that was just killed: reading says so.
+            with contextlib.suppress(BrokenPipeError):
+                connection.send_bytes(task)
         answers: dict[int, Any] = {}
         failure = None
         end = time.monotonic() + timeout_s
@@ -169,6 +173,7 @@ class Pools:
 GPU_SIZES = (1, 2, 4)
 GPU_NODES = ((2, 1), (2, 2))
 """Nodes, and ranks of each, that one host is split into for the nvshmem backend."""
+NODES = ((2, 2),)
 
 
 def need_gpus(count: int) -> None:
@@ -178,24 +183,36 @@ def need_gpus(count: int) -> None:
         pytest.skip(f"needs {count} GPUs, found {found}")
 
 
-def targets(*cpu_sizes: int, gpu_sizes: tuple[int, ...] = GPU_SIZES) -> pytest.MarkDecorator:
-    """Run a body for each size with the collective backend on the CPU, and with every backend on GPUs."""
+def targets(
+    *cpu_sizes: int, gpu_sizes: tuple[int, ...] = GPU_SIZES, nodes: tuple[tuple[int, int], ...] = ()
+) -> pytest.MarkDecorator:
+    """Run a body for each size with the collective backend on the CPU, and with every backend on GPUs.
+
+    Args:
+        cpu_sizes: ranks on the CPU.
+        gpu_sizes: GPUs.
+        nodes: (nodes, ranks of each), on the CPU and on GPUs: the collective backend over virtual nodes.
+    """
     cpu = [pytest.param(("cpu", size, "collective", None), id=f"cpu{size}-collective") for size in cpu_sizes]
     gpu = [
         pytest.param(("cuda", size, backend, None), id=f"gpu{size}-{backend}", marks=pytest.mark.gpu)
         for size in gpu_sizes
         for backend in ("nvlink", "collective")
     ]
-    nodes = [
+    virtual = [
         pytest.param(
-            ("cuda", num_nodes * each, "nvshmem", each),
-            id=f"gpu{num_nodes * each}-nvshmem-{num_nodes}x{each}",
-            marks=pytest.mark.gpu,
+            (device, num_nodes * each, backend, each),
+            id=f"{name}{num_nodes}x{each}-{backend}",
+            marks=[pytest.mark.gpu] * (device == "cuda"),
         )
-        for num_nodes, each in GPU_NODES
-        if num_nodes * each in gpu_sizes
+        for device, name, backend, shapes in (
+            ("cpu", "cpu", "collective", nodes),
+            ("cuda", "gpu", "collective", nodes),
+            ("cuda", "gpu", "nvshmem", [shape for shape in GPU_NODES if math.prod(shape) in gpu_sizes]),
+        )
+        for num_nodes, each in shapes
     ]
-    return pytest.mark.parametrize("target", cpu + gpu + nodes, indirect=True)
+    return pytest.mark.parametrize("target", cpu + gpu + virtual, indirect=True)
 
 
 def device_of(device: str, rank: int) -> torch.device:

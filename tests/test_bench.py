@@ -54,6 +54,8 @@ KEYS = {
     "remote_records",
     "remote_records_in",
     "remote_bytes",
+    "between_nodes_bytes",
+    "inside_node_bytes",
     "remote_metadata_bytes",
     "physical_gbs",
     "logical_gbs",

@@ -29,7 +29,8 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = package / "benchmarks"
     folder.mkdir(parents=True)
     (folder / "bench_codec.py").write_text(SCRIPT)
-    (folder / "tune.py").write_text(SCRIPT)
+    for name in ("tune", "simulate"):
+        (folder / f"{name}.py").write_text(SCRIPT)
     (folder / "bench_fails.py").write_text("raise SystemExit(3)")
     (folder / "helper.py").write_text("VALUE = 7")
     monkeypatch.setattr(resources, "_PACKAGE", package)
@@ -73,17 +74,18 @@ def test_bench_without_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "qcomm")
-    for arguments in (["bench", "codec"], ["tune"]):
+    for arguments in (["bench", "codec"], ["tune"], ["simulate"]):
         assert cli.main(arguments) == 2
         assert str(tmp_path / "benchmarks") in capsys.readouterr().err
 
 
-def test_tune_passes_every_argument_on(installation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["tune", "simulate"])
+def test_a_script_gets_every_argument(name: str, installation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--json", "a", "-h", "--help", "--wire", "x,y", "b", "--tokens=5"]
-    assert cli.main(["tune", *arguments]) == 0
+    assert cli.main([name, *arguments]) == 0
     assert json.loads(capsys.readouterr().out) == [
         "__main__",
-        [str(installation / "benchmarks/tune.py"), *arguments],
+        [str(installation / f"benchmarks/{name}.py"), *arguments],
         7,
     ]
 
@@ -99,7 +101,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    for command in ("info", "demo", "trace", "bench", "tune"):
+    for command in ("info", "demo", "trace", "bench", "tune", "simulate"):
         assert f"\n    {command} " in shown
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bit_patterns import equal_bits
 from cases import BF16, FP8, MXFP4, ROTATED_STOCHASTIC, STOCHASTIC, WIRES, Case, XKind, grid
-from ranks import Target, targets
+from ranks import NODES, Target, targets
 
 from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_DTYPES, RECV_LAYOUTS, WireFormat
 
@@ -22,7 +22,7 @@ RANDOM_CASES = "QCOMM_RANDOM_CASES"
 BASE = Case(wire=BF16, recv_dtype="bf16", combine_wire=BF16, routes="some")
 
 
-@targets(2, 3, 4)
+@targets(2, 3, 4, nodes=NODES)
 def test_wires_and_layouts(target: Target) -> None:
     todo = [
         *grid(BASE, combine_wire=WIRES, recv_layout=BY_EXPERT, weighted=(False, True), static=(False, True)),
@@ -31,7 +31,7 @@ def test_wires_and_layouts(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_sizes(target: Target) -> None:
     todo = [
         *grid(BASE, combine_wire=KIND_WIRES, hidden=(128, 384, 1024), alignment=(1, 32, 128)),
@@ -43,7 +43,7 @@ def test_sizes(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(2, 3)
+@targets(2, 3, nodes=NODES)
 def test_order_of_addition(target: Target) -> None:
     base = dataclasses.replace(BASE, num_topk=8, num_local_experts=8)
     todo = grid(
@@ -52,7 +52,7 @@ def test_order_of_addition(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, list(todo)))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_routes(target: Target) -> None:
     choices = {"routes": ("random", "none", "one", "half"), "counts": ("uneven", "empty", "zero", "one")}
     todo = [
@@ -63,7 +63,7 @@ def test_routes(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_backward_leg(target: Target) -> None:
     todo = grid(BASE, backward=(True,), wire=KIND_WIRES, combine_wire=(*KIND_WIRES, ROTATED_STOCHASTIC))
     cases.no_problems(target.run(cases.run_cases, list(todo)))
@@ -80,7 +80,7 @@ def _seeds(rank: int, num_ranks: int, device: str, backend: str, wire: WireForma
     return equal_bits(first, again), equal_bits(first, other)
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 @pytest.mark.parametrize("wire", [STOCHASTIC, ROTATED_STOCHASTIC], ids=["plain", "rotated"])
 def test_seed_decides_the_bits(target: Target, wire: WireFormat) -> None:
     assert target.run(_seeds, wire) == [(True, False)] * target.pool.num_ranks
@@ -91,7 +91,7 @@ def _two_handles(rank: int, num_ranks: int, device: str, backend: str) -> list[s
     first = dataclasses.replace(BASE, combine_wire=FP8)
     second = dataclasses.replace(first, recv_layout="batched", alignment=1, routes="half", seed=3, static=True)
     with cases.make_buffer(first, num_ranks, device, backend) as buffer:
-        made = []
+        made, nodes = [], cases.node_sums(buffer)
         for case in (first, second):
             inputs = cases.make_inputs(case, num_ranks)
             recv, handle = cases.dispatch(buffer, case, inputs)
@@ -103,12 +103,12 @@ def _two_handles(rank: int, num_ranks: int, device: str, backend: str) -> list[s
                 y = cases.place_y(case, ys[rank], rows[rank], recv, handle)
                 out = buffer.combine(y, handle, weighted=weighted, seed=case.seed)
                 cases.sync(buffer)
-                if not equal_bits(out.cpu(), cases.expect_combined(wanted, ys, rows, inputs, rank)):
+                if not equal_bits(out.cpu(), cases.expect_combined(wanted, ys, rows, inputs, rank, **nodes)):
                     problems.append(f"rank {rank}: {wanted}")
     return problems
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_handles_serve_any_number_of_combines_in_any_order(target: Target) -> None:
     cases.no_problems(target.run(_two_handles))
 
@@ -118,6 +118,9 @@ KINDS: dict[str, tuple[XKind, ...]] = {
     "fp8": ("bf16", "bits", "fp8", "fp8_float", "fp8_columns"),
     "mxfp4": ("bf16", "bits", "fp8_float", "mxfp4"),
 }
+
+
+_TOGETHER = 40
 
 
 def _random_cases(count: int, seed: int) -> list[Case]:
@@ -159,9 +162,11 @@ def _random_cases(count: int, seed: int) -> list[Case]:
     return drawn[:count]
 
 
-@targets(3, 4)
+@targets(3, 4, nodes=NODES)
 def test_random_cases(target: Target) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     count = int(os.environ.get(RANDOM_CASES, 300 if target.pool.device == "cuda" else 40))
-    cases.no_problems(target.run(cases.run_cases, _random_cases(count, seed)))
+    todo = _random_cases(count, seed)
+    for first in range(0, count, _TOGETHER):
+        cases.no_problems(target.run(cases.run_cases, todo[first : first + _TOGETHER]))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bit_patterns import equal_bits
 from cases import BF16, FP8, MXFP4, ROTATED, ROTATED_STOCHASTIC, STOCHASTIC, WIRES, Case, grid
-from ranks import Target, targets
+from ranks import NODES, Target, targets
 
 from qcomm import Buffer, QcommOverflowError, Received
 from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_DTYPES, RECV_LAYOUTS, ScaleLayout, WireFormat
@@ -43,13 +43,13 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.stride() == b.stride() and equal_bits(a, b)
 
 
-@targets(2, 3, 4)
+@targets(2, 3, 4, nodes=NODES)
 def test_layouts_dtypes_wires(target: Target) -> None:
     todo = grid(Case(), recv_layout=RECV_LAYOUTS, recv_dtype=RECV_DTYPES, wire=WIRES, static=(False, True))
     cases.no_problems(target.run(cases.run_cases, list(todo)))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_inputs(target: Target) -> None:
     mxfp4_wires = (MXFP4, ROTATED, STOCHASTIC, ROTATED_STOCHASTIC)
     todo = [
@@ -66,7 +66,7 @@ def test_inputs(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_sizes(target: Target) -> None:
     todo = [
         *grid(Case(), hidden=(128, 384, 1024), wire=KIND_WIRES, alignment=(1, 32, 128), recv_layout=RECV_LAYOUTS),
@@ -78,7 +78,7 @@ def test_sizes(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_columnwise(target: Target) -> None:
     todo = [
         *grid(
@@ -102,20 +102,20 @@ def test_columnwise(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_scale_storage(target: Target) -> None:
     layouts = dataclasses.replace(Case(), sf_layout=ScaleLayout.COLUMN_MAJOR, hidden=384)
     todo = grid(layouts, recv_layout=RECV_LAYOUTS, wire=KIND_WIRES, alignment=(1, 3, 128), static=(False, True))
     cases.no_problems(target.run(cases.run_cases, list(todo)))
 
 
-@targets(2, 3)
+@targets(2, 3, nodes=NODES)
 def test_growing_and_shrinking(target: Target) -> None:
     counts = ("one", "uneven", "empty", "uneven", "zero", "one", "uneven")
     cases.no_problems(target.run(cases.run_cases, list(grid(Case(), recv_layout=RECV_LAYOUTS, counts=counts))))
 
 
-@targets(2, 3, 4)
+@targets(2, 3, 4, nodes=NODES)
 def test_routes(target: Target) -> None:
     todo = [
         *grid(
@@ -135,7 +135,7 @@ def test_routes(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_given_capacity(target: Target) -> None:
     most = cases.MAX_TOKENS * target.pool.num_ranks * 3
     todo = [
@@ -150,7 +150,7 @@ def test_given_capacity(target: Target) -> None:
     cases.no_problems(target.run(cases.run_cases, todo))
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_backward_leg(target: Target) -> None:
     todo = grid(Case(backward=True), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS)
     cases.no_problems(target.run(cases.run_cases, list(todo)))
@@ -164,7 +164,7 @@ def _seeds(rank: int, num_ranks: int, device: str, backend: str, wire: WireForma
     return _same(first, again), _same(first, other)
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 @pytest.mark.parametrize("wire", [STOCHASTIC, ROTATED_STOCHASTIC], ids=["plain", "rotated"])
 def test_seed_decides_the_bits(target: Target, wire: WireFormat) -> None:
     assert target.run(_seeds, wire) == [(True, False)] * target.pool.num_ranks
@@ -213,7 +213,7 @@ def _replay_case(buffer: Buffer, case: Case) -> list[str]:
     return problems + [f"first, after replays: {p}" for p in cases.compare(case, first, handle, want)]
 
 
-@targets(2, 3)
+@targets(2, 3, nodes=NODES)
 def test_replay(target: Target) -> None:
     todo = [
         *grid(Case(), wire=(*KIND_WIRES, ROTATED_STOCHASTIC), recv_layout=RECV_LAYOUTS, static=(False, True)),
@@ -247,7 +247,7 @@ def _overflow(rank: int, num_ranks: int, device: str, backend: str, case: Case) 
     return problems
 
 
-@targets(2, 3)
+@targets(2, 3, nodes=NODES)
 @pytest.mark.parametrize("recv_layout", RECV_LAYOUTS)
 def test_overflow(target: Target, recv_layout: Any) -> None:
     # Every token goes to the last rank, which alone overflows.
@@ -294,7 +294,7 @@ def _spoil(rank: int, num_ranks: int, device: str, backend: str, todo: Sequence[
     return problems
 
 
-@targets(3)
+@targets(3, nodes=NODES)
 def test_nan_and_inf_stay_in_their_token(target: Target) -> None:
     todo = grid(
         Case(routes="random", combine_wire=MXFP4),

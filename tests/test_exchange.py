@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
 
+import cases
 import pytest
 import torch
 from bit_patterns import equal_bits
+from cases import WIRES, Case
 
 from qcomm import FP8Tensor, MXFP4Tensor, WireFormat, exchange, reference, reference_exchange
 from qcomm.exchange import DispatchOptions
@@ -85,6 +88,49 @@ def test_oracle_adds_by_rank_and_in_topk_order() -> None:
     late = reference_exchange.combine([_constant(big, 1, 1, -big), none], rows, [1, 0], wire=BF16, weighted=False)
     early = reference_exchange.combine([_constant(1, 1, big, -big), none], rows, [1, 0], wire=BF16, weighted=False)
     assert (float(late[0][0, 0]), float(early[0][0, 0])) == (0, 2)
+
+
+def test_oracle_adds_in_each_node_first() -> None:
+    # Four ranks of one expert, two nodes: (2^24 + 1) + (1 - 2^24) by node, where 1 is lost in both.
+    big = 2.0**24
+    idx = [torch.tensor([[0, 1, 2, 3]]), *[torch.empty(0, 4, dtype=torch.int64)] * 3]
+    rows = [reference_exchange.arrange(rank, idx, None, num_experts=4, alignment=1) for rank in range(4)]
+    ys = [_constant(value) for value in (1.5, big, -big, 1)]
+    out = [
+        float(
+            reference_exchange.combine(
+                ys, rows, [1, 0, 0, 0], wire=BF16, weighted=False, ranks_per_node=each, rounds_inside=rounds
+            )[0][0, 0]
+        )
+        for each, rounds in ((1, False), (2, False), (2, True))
+    ]
+    # By rank: ((1.5 + 2^24) - 2^24) + 1, the first sum rounded to 2^24 + 2. By node: rounded to BF16, 2^24 and -2^24.
+    # By node, but the own one by rank: (1.5 + 2^24) - 2^24, for BF16 has no 1 - 2^24.
+    assert out == [3, 0, 2]
+
+
+@pytest.mark.parametrize("wire", WIRES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rounds", [False, True], ids=["float32", "rounded"])
+def test_adding_in_each_node_stays_within_the_bound(wire: WireFormat, weighted: bool, rounds: bool) -> None:
+    case = Case(combine_wire=wire, counts="uneven", routes="random", num_local_experts=2, num_topk=6, weighted=weighted)
+    common: dict[str, Any] = {"wire": wire, "weighted": weighted}
+    differs = False
+    for seed in range(6):
+        inputs = cases.make_inputs(dataclasses.replace(case, seed=seed), 4)
+        rows = cases.expect_rows(case, inputs)
+        ys = [y.nan_to_num(0.0) for y in cases.make_ys(dataclasses.replace(case, seed=seed), rows)]
+        tokens = [len(idx) for idx in inputs.topk_idxs]
+        direct, by_node = (
+            reference_exchange.combine(ys, rows, tokens, seed=seed, ranks_per_node=each, rounds_inside=inside, **common)
+            for each, inside in ((1, False), (2, rounds))
+        )
+        bounds = reference_exchange.combine_difference(ys, rows, tokens, rounds_inside=rounds, **common)
+        for one, other, bound in zip(direct, by_node, bounds, strict=True):
+            difference = (one.float() - other.float()).abs()
+            assert bool((difference <= bound).all()), float((difference / bound).max())
+            differs = differs or bool(difference.any())
+    assert differs
 
 
 def test_bad_routes() -> None:

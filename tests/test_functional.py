@@ -14,13 +14,13 @@ import pytest
 import torch
 from bit_patterns import equal_bits
 from cases import BF16, FP8, MXFP4, ROTATED, ROTATED_STOCHASTIC, STOCHASTIC, Case, Inputs, grid
-from ranks import Target, targets
+from ranks import NODES, Target, targets
 from torch.utils.checkpoint import checkpoint
 
 import qcomm
 from qcomm import Buffer, FP8Tensor, Received, WireFormat, WirePrecision, reference, reference_exchange
 from qcomm.formats import RecvDtype, RecvLayout
-from qcomm.functional import _BACKWARD_SEED
+from qcomm.gradients import BACKWARD_SEED
 
 BY_EXPERT = ("expert_major", "batched")
 BASE = Case(recv_dtype="bf16", wire=BF16, combine_wire=BF16, num_topk=3)
@@ -142,7 +142,9 @@ def _leaf(x: Any, device: torch.device) -> torch.Tensor:
     return x.to(device).clone().requires_grad_()
 
 
-def _gradients(case: Case, inputs: Inputs, legs: Sequence[WireFormat], weighted: bool) -> list[list[torch.Tensor]]:
+def _gradients(
+    case: Case, inputs: Inputs, legs: Sequence[WireFormat], weighted: bool, nodes: dict[str, Any]
+) -> list[list[torch.Tensor]]:
     """Ask the oracle for out, d_x and d_topk_weights of every rank, of a layer whose experts do nothing."""
     num_ranks, experts = len(inputs.xs), case.num_local_experts * len(inputs.xs)
     tokens = [len(idx) for idx in inputs.topk_idxs]
@@ -152,8 +154,8 @@ def _gradients(case: Case, inputs: Inputs, legs: Sequence[WireFormat], weighted:
     )
     rows = [each.rows for each in came]
     ys = [each.x for each in came]
-    outs = reference_exchange.combine(ys, rows, tokens, wire=legs[1], weighted=weighted, seed=case.seed)
-    back = case.seed ^ _BACKWARD_SEED
+    outs = reference_exchange.combine(ys, rows, tokens, wire=legs[1], weighted=weighted, seed=case.seed, **nodes)
+    back = case.seed ^ BACKWARD_SEED
     returned = reference_exchange.dispatch(
         _upstream(inputs), inputs.topk_idxs, None, wire=legs[2], recv_dtype="bf16", seed=back, **common
     )
@@ -167,7 +169,7 @@ def _gradients(case: Case, inputs: Inputs, legs: Sequence[WireFormat], weighted:
             for j, (expert, _) in enumerate(entries):
                 if expert >= 0 and weighted:
                     d_weights[source][token, j] = products[next(places)[0]]
-    d_xs = reference_exchange.combine(d_rows, rows, tokens, wire=legs[3], weighted=False, seed=back)
+    d_xs = reference_exchange.combine(d_rows, rows, tokens, wire=legs[3], weighted=False, seed=back, **nodes)
     return [[outs[r], d_xs[r], d_weights[r]] for r in range(num_ranks)]
 
 
@@ -185,8 +187,8 @@ def _against_the_oracle(
     problems = []
     for case, legs, weighted in todo:
         inputs = cases.make_inputs(case, num_ranks)
-        want = _gradients(case, inputs, legs, weighted)[rank]
         with _buffer(case, legs, num_ranks, device, backend) as buffer:
+            want = _gradients(case, inputs, legs, weighted, cases.node_sums(buffer))[rank]
             x, idx = _leaf(inputs.xs[rank], buffer.device), inputs.topk_idxs[rank].to(buffer.device)
             assert inputs.topk_weights is not None
             weights = _leaf(inputs.topk_weights[rank], buffer.device)
@@ -216,7 +218,7 @@ def _against_the_oracle(
     return problems
 
 
-@targets(2, 3)
+@targets(2, 3, nodes=NODES)
 def test_gradients_are_the_oracles(target: Target) -> None:
     wires = (BF16, FP8, MXFP4, ROTATED, STOCHASTIC, ROTATED_STOCHASTIC)
     todo: list[tuple[Case, tuple[WireFormat, ...], bool]] = []

@@ -71,7 +71,7 @@ def combined(buffer: Buffer, case: Case, inputs: Inputs, recv: Received, handle:
     plain = buffer.combine(y, handle, **options)
     out, hook = buffer.combine(y, handle, **options, return_recv_hook=True)
     finish(buffer, hook, out)
-    want = cases.expect_combined(case, ys, rows, inputs, buffer.rank)
+    want = cases.expect_combined(case, ys, rows, inputs, buffer.rank, **cases.node_sums(buffer))
     return equal_bits(out.cpu(), want) and equal_bits(out, plain)
 
 

@@ -463,19 +463,24 @@ def test_recv_teams(hidden: int, budget: comm.Budget) -> None:
         check_team(shared, hidden, budget)
         assert shared.warps == 1 or shared.count <= 15
         assert shared.count * shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
-    assert comm.recv_teams(7168, 3808, dispatch._RECV) == comm.Teams(7, 3, 8, 3808, chunks=0, helpers=3, rings=3)
+    assert comm.recv_teams(7168, 3808, dispatch._RECV) == comm.Teams(
+        7, 3, 8, 3808, chunks=0, senders=0, helpers=3, rings=3
+    )
 
 
 SENDING = [
     (dispatch._SEND, dispatch._SENDERS, 0),
     (dispatch_decode._BUDGET, dispatch_decode._SENDERS, 0),
-    (combine._SEND, combine._SENDERS, combine._MAX_CHUNKS),
-    (combine._DECODE, combine._SENDERS, combine._MAX_CHUNKS),
+    (combine._SEND, 2, combine._MAX_CHUNKS),
+    (combine._SEND_STOCHASTIC, 1, combine._MAX_CHUNKS),
+    (combine._DECODE, 1, combine._MAX_CHUNKS),
 ]
 
 
 @pytest.mark.parametrize(
-    ("budget", "senders", "chunks"), SENDING, ids=["dispatch", "dispatch_decode", "combine", "combine_decode"]
+    ("budget", "senders", "chunks"),
+    SENDING,
+    ids=["dispatch", "dispatch_decode", "combine", "combine_stochastic", "combine_decode"],
 )
 @pytest.mark.parametrize("hidden", HIDDENS)
 def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int) -> None:
@@ -484,14 +489,21 @@ def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int)
         check_team(shared, hidden, budget)
         # A team that waits for a stage that another one holds must not hold one that it waits for.
         assert shared.count <= shared.stages
-        assert shared.helpers == senders + min(chunks, 1)
-        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 512
+        assert shared.senders == min(senders, shared.stages)
+        assert shared.helpers == shared.senders + min(chunks, 1)
+        # A stage has one sender, and no team gets so far ahead of one that a barrier's phases look alike.
+        assert shared.stages % shared.senders == 0
+        assert chunks or shared.count * shared.senders <= shared.stages
+        assert shared.threads == 32 * (shared.warps * shared.count + shared.helpers) <= 544
         assert shared.stages == 1 or shared.shared_bytes <= budget.shared_bytes
         assert min(chunks, 1) <= shared.chunks <= chunks
-    make, rest = comm.send_teams, {"rings": 1, "helpers": 2}
+    make, rest = comm.send_teams, {"rings": 1, "senders": 2, "helpers": 2}
     assert make(7168, 3968, dispatch._SEND, 2) == comm.Teams(14, 1, 12, 3968, chunks=0, **rest)
+    assert make(1024, 640, dispatch._SEND, 2) == comm.Teams(2, 6, 12, 640, chunks=0, **rest)
+    rest = {"rings": 1, "senders": 1, "helpers": 1}
     assert make(40960, 81920, dispatch._SEND, 2) == comm.Teams(14, 1, 1, 81920, chunks=0, **rest)
-    assert make(7168, 14336, combine._SEND, 1, 12) == comm.Teams(14, 1, 4, 14336, chunks=8, **rest)
+    rest = {"rings": 1, "senders": 2, "helpers": 3}
+    assert make(7168, 14336, combine._SEND, 2, 24) == comm.Teams(14, 1, 4, 14336, chunks=8, **rest)
 
 
 def test_recv_stage_bytes() -> None:

@@ -287,6 +287,44 @@ def test_checkpointing_gives_the_same(pool2: RankPool, keep: Keep) -> None:
     pool2.run(checkpointed, keep)
 
 
+def compiled(rank: int, num_ranks: int, device: str, backend: str, compiler: str, keep: Keep, static: bool) -> None:
+    torch.compiler.reset()
+    rows = 1024 if static else None
+    layer = make(
+        CONFIG,
+        rank,
+        num_ranks,
+        device,
+        backend,
+        precision=WIRES[keep],
+        keep=keep,
+        static=static,
+        num_max_recv_tokens=rows,
+    )
+    given = tokens(COUNTS["uneven"], rank)
+    eager = step(layer, *given)
+    layer.zero_grad()
+    layer.compile(backend=compiler)
+    result = step(layer, *given)
+    layer.destroy()
+    for name, want in eager.items():
+        got = result[name]
+        if device == "cpu" and compiler == "aot_eager":
+            assert equal_bits(got, want), name
+        else:
+            # A compiler adds in another order and rounds less in between.
+            assert relative_error(got, want) < 2**-7, name
+    assert layer.tokens_per_expert.sum() == 2 * CONFIG.num_topk * COUNTS["uneven"][rank]
+
+
+@targets(2)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("static", [True, False])
+def test_compiling_gives_the_same(target: Target, compiler: str, static: bool) -> None:
+    for keep in KEEPS if compiler == "aot_eager" else ("mxfp4",):
+        target.run(compiled, compiler, keep, static)
+
+
 def under_autocast(rank: int, num_ranks: int, keep: Keep) -> None:
     results = []
     for enabled in (False, True):

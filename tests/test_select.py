@@ -111,7 +111,7 @@ def choose(
         into[:] = found
 
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
-    monkeypatch.setattr(select, "_seat", lambda device: found[0])
+    monkeypatch.setattr(select, "_seat", lambda *_: found[0])
     config = BufferConfig(3, 1, 128, 8, WirePrecision(), backend, provider, "cuda")
     group: Any = None
     topology = Topology(len(found), ranks_per_node)

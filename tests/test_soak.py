@@ -66,7 +66,9 @@ def _soak(rank: int, num_ranks: int, device: str, backend: str, seconds: float) 
 @targets(2)
 def test_soak(target: Target) -> None:
     seconds = float(os.environ.get(SECONDS, 5 if target.pool.device == "cuda" else 1))
-    for rounds, process, device in target.run(_soak, seconds):
+    for rounds, process, device in target.pool.run_for(
+        seconds + 120, _soak, target.pool.device, target.backend, seconds
+    ):
         assert rounds > 0
         assert process < _GROWTH_BYTES, f"the process grew by {process} bytes in {rounds} rounds"
         assert device <= 0, f"tensors grew by {device} bytes in {rounds} rounds"

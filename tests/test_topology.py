@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
 import cases
 import pytest
+import torch
 import torch.distributed as dist
 from cases import BF16, Case
 from ranks import RankPool
@@ -122,6 +124,36 @@ def _environ(rank: int, num_ranks: int) -> None:
         for group in groups:
             if group != dist.GroupMember.NON_GROUP_MEMBER:
                 dist.destroy_process_group(group)
+
+
+def _several_groups(rank: int, num_ranks: int) -> list[str]:
+    """Exchange in two groups at once, each on two virtual nodes, and in the whole job between."""
+    case = dataclasses.replace(CASE, routes="some")
+    apart, mixed = ([dist.new_group(ranks) for ranks in layout] for layout in (APART, MIXED))
+    problems = []
+    everyone = cases.make_buffer(case, num_ranks, "cpu", "collective", ranks_per_node=4)
+    for layout, groups in ((APART, apart), (MIXED, mixed)):
+        mine = next(group for ranks, group in zip(layout, groups, strict=True) if rank in ranks)
+        with cases.make_buffer(case, 4, "cpu", "collective", group=mine, ranks_per_node=2) as buffer:
+            assert buffer.topology.relays
+            for seed in range(3):
+                problems += cases.run_case(buffer, dataclasses.replace(case, seed=seed))
+            idx = torch.arange(3).repeat(4, 1)
+            everyone.dispatch(torch.zeros(4, case.hidden, dtype=torch.bfloat16), idx)
+            problems += cases.run_case(buffer, dataclasses.replace(case, static=True))
+    everyone.destroy()
+    return problems
+
+
+APART, MIXED = ([0, 1, 2, 3], [4, 5, 6, 7]), ([0, 2, 4, 6], [1, 3, 5, 7])
+
+
+def test_several_groups_smaller_than_the_job() -> None:
+    pool = RankPool(8, "cpu")
+    try:
+        cases.no_problems(pool.run(_several_groups))
+    finally:
+        pool.close()
 
 
 def test_the_variable_splits_hosts(pool4: RankPool) -> None:

@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from qcomm import Buffer, Received, WireFormat, WirePrecision, reference_exchange, tuning
 from qcomm.bootstrap import process_group
-from qcomm.handle import DispatchHandle
 
 BF16, FP8, MXFP4 = WireFormat("bf16"), WireFormat("fp8"), WireFormat("mxfp4")
 WIRES = ((MXFP4, BF16), (FP8, MXFP4), (BF16, FP8))
@@ -84,19 +83,13 @@ def run(rank: int, dispatch_wire: WireFormat, combine_wire: WireFormat) -> Itera
             again, _ = buffer.dispatch(x, handle=handle, recv_dtype="bf16")
             yield from differences(f"replay {i}", again, want)
             out = buffer.combine(recv.x, handle)
-            if expected_by_node(handle):
-                each = buffer.topology.ranks_per_node
-                sums = reference_exchange.combine_by_node(ys, rows, tokens, ranks_per_node=each, **common)[rank]
-            else:
-                sums = reference_exchange.combine(ys, rows, tokens, ranks=[rank], **common)[0]
+            forwarded = handle.forward is not None
+            each = buffer.topology.ranks_per_node if forwarded else 1
+            nodes: dict[str, Any] = {"ranks_per_node": each, "rounds_inside": forwarded}
+            sums = reference_exchange.combine(ys, rows, tokens, ranks=[rank], **nodes, **common)[0]
             if not torch.equal(out.cpu(), sums):
                 yield f"combine {i} differs in {int((out.cpu() != sums).any(1).sum())} of {len(sums)} tokens"
             buffer.check()
-
-
-def expected_by_node(handle: DispatchHandle) -> bool:
-    """Whether a combine along the handle adds the sums of a node first."""
-    return handle.forward_counts is not None
 
 
 def differences(name: str, recv: Received, want: reference_exchange.ExpectedReceived) -> Iterator[str]:

@@ -5,7 +5,8 @@ FILE it is the file that the table links to, or else the only one in benchmarks/
 The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists;
 that of docs/accuracy.md that of benchmarks/results/accuracy-cpu.jsonl; the tables of docs/performance.md, and the
 README's of the codec, that of benchmarks/results/codec-h200.jsonl; the table of docs/storage.md that of
-benchmarks/results/storage-h200.jsonl.
+benchmarks/results/storage-h200.jsonl; those of docs/scaling.md that of benchmarks/results/scaling*.jsonl and of
+qcomm/scaling.json.
 --check writes nothing and exits with 1 if a table is out of date, or is not there though there are results.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ CODEC_RUN_KEYS = ("command", "commit", "machine", "arch", "sizes", "iterations",
 STORAGE_PAGE, STORAGE_RESULTS = "docs/storage.md", f"{RESULTS}/storage-h200.jsonl"
 STORAGE_BEGIN, STORAGE_END = "<!-- bench:storage -->", "<!-- /bench:storage -->"
 STORAGE_RUN_KEYS = ("command", "commit", "machine", "geometry", "iterations", "seed")
+
+SCALING_PAGE, SCALING_FIT = "docs/scaling.md", "qcomm/scaling.json"
+SCALING_RESULTS = (f"{RESULTS}/scaling.jsonl", f"{RESULTS}/scaling-skewed.jsonl")
+SCALING_MARKS = "<!-- bench:scaling -->", "<!-- /bench:scaling -->"
+SCALING_FIT_MARKS = "<!-- bench:scaling-fit -->", "<!-- /bench:scaling-fit -->"
+SCALING_RUN_KEYS = ("command", "commit", "routing", "seed")
 
 Line = dict[str, Any]
 
@@ -311,6 +318,61 @@ def render_storage(lines: list[Line]) -> str:
     return markdown(headers, 1, rows) + "\n" + "".join(f"{line}\n" for line in about)
 
 
+def by_nodes(lines: list[Line], keys: Sequence[str], value: Callable[[Line], str]) -> str:
+    """Returns a table of a row a number of nodes; `keys` tell the columns apart, and name them."""
+    cells = {(line["num_nodes"], tuple(line[key] for key in keys)): value(line) for line in lines}
+    columns = list(dict.fromkeys(column for _, column in cells))
+    rows = [(str(n), *(cells[n, column] for column in columns)) for n in dict.fromkeys(n for n, _ in cells)]
+    return markdown(("nodes", *(" ".join(column) for column in columns)), 1, rows)
+
+
+def render_scaling(repo: Path) -> str:
+    """Returns the block of docs/scaling.md: bytes and times of each routing, memory, the plots."""
+    parts, keys = [], ("form", "wire")
+    for name in SCALING_RESULTS:
+        lines = read_last_run(repo / name, SCALING_RUN_KEYS)
+        first, drawing = lines[0], Path(name).with_suffix(".svg")
+        sent = [line for line in lines if line["kind"] == "traffic"]
+        parts.append(f"### {first['routing'].capitalize()} routing\n")
+        parts.append("MB by RDMA into or out of the busiest GPU, one dispatch with its metadata:\n")
+        parts.append(by_nodes([line for line in sent if line["op"] == "dispatch"], keys, busiest_mb))
+        for op in ("dispatch", "combine"):
+            parts.append(f"Expected time of {op}, us:\n")
+            of_op = [line for line in sent if line["op"] == op]
+            parts.append(by_nodes(of_op, keys, lambda line: f"{line['expected_us']:.0f}"))
+        parts.append(f"![Expected time and bytes by nodes, {first['routing']} routing](../{drawing})\n")
+        sizes = first["geometry"]
+        parts.append(
+            f"{first['gpus_per_node']} GPUs a node, {sizes['tokens']} tokens a rank of {sizes['hidden']}, "
+            f"top-{sizes['topk']}; NVLink {first['nvlink_gbs']:g} GB/s,\nRDMA {first['rdma_gbs']:g} GB/s.\n"
+            f"Command: `{first['command']}`,\n"
+            f"commit {short_commit(first)}. {LINK}{name}](../{name}).\n"
+        )
+    held = [line for line in read_last_run(repo / SCALING_RESULTS[0], SCALING_RUN_KEYS) if line["kind"] == "memory"]
+    parts.append("### Memory by nodes\n\nSymmetric GiB a rank, all four legs on one wire, or those of the paper:\n")
+    parts.append(by_nodes(held, ("form", "precision"), lambda line: f"{line['symmetric_bytes'] / 2**30:.2f}"))
+    return "\n".join(parts)
+
+
+def busiest_mb(line: Line) -> str:
+    return f"{max(line['rdma_out_bytes'], line['rdma_in_bytes']) / 1e6:.1f}"
+
+
+def render_scaling_fit(path: Path) -> str:
+    """Returns the block of docs/scaling.md that says what was fitted."""
+    found = json.loads(path.read_text())["measured"]
+    rows = [
+        (op, f"{each['fixed_us']:.1f}", f"{each['memory_gbs']:.0f}", f"{100 * each['largest_error']:.1f}")
+        for op, each in found["fits"].items()
+    ]
+    links = f"`nvlink_gbs` {found['nvlink_gbs']:g}, `nvlink_efficiency` {found['nvlink_efficiency']:g}"
+    return (
+        markdown(("operation", "`fixed` us", "`memory_gbs`", "largest error %"), 1, rows)
+        + f"\n{links}; from {', '.join(found['devices'])}, commits "
+        + f"{', '.join(commit[:12] for commit in found['commits'])}.\n"
+    )
+
+
 def put(page: Path, repo: Path, results: str, marks: tuple[str, str], wanted: str, check: bool) -> None:
     """Writes a block of a page, or exits if it is another."""
     before, block, after = split(page, *marks)
@@ -350,6 +412,13 @@ def update_storage(repo: Path, check: bool) -> None:
         put(repo / STORAGE_PAGE, repo, STORAGE_RESULTS, (STORAGE_BEGIN, STORAGE_END), wanted, check)
 
 
+def update_scaling(repo: Path, check: bool) -> None:
+    if all((repo / name).exists() for name in SCALING_RESULTS):
+        put(repo / SCALING_PAGE, repo, SCALING_RESULTS[0], SCALING_MARKS, render_scaling(repo), check)
+        fitted = render_scaling_fit(repo / SCALING_FIT)
+        put(repo / SCALING_PAGE, repo, SCALING_FIT, SCALING_FIT_MARKS, fitted, check)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE")
@@ -361,6 +430,7 @@ def main() -> None:
     update_accuracy(repo, given.check)
     update_codec(repo, given.check)
     update_storage(repo, given.check)
+    update_scaling(repo, given.check)
     readme = repo / "README.md"
     before, block, after = split(readme)
     path = given.file or find_results(block, repo)

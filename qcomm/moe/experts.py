@@ -67,6 +67,22 @@ def swiglu_experts(
     Raises:
         TypeError, ValueError: arguments that do not fit.
     """
+    if torch.compiler.is_compiling():
+        from qcomm import compiled
+
+        return compiled.outside(_swiglu_experts, recv, handle, w1, w2, keep, recompute, weighted)
+    return _swiglu_experts(recv, handle, w1, w2, keep, recompute, weighted)
+
+
+def _swiglu_experts(
+    recv: Received,
+    handle: DispatchHandle,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    keep: Keep,
+    recompute: Recompute,
+    weighted: bool,
+) -> torch.Tensor:
     validate.one_of("keep", keep, KEEPS)
     validate.one_of("recompute", recompute, RECOMPUTES)
     if handle.recv_layout != "expert_major":

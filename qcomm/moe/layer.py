@@ -135,7 +135,9 @@ class MXFP4MoELayer(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         topk_idx, topk_weights = self.router(tokens)
         if self.training and torch.is_grad_enabled():
-            self.tokens_per_expert += torch.bincount(topk_idx.flatten(), minlength=self.config.num_experts)
+            # Not bincount, which waits for the device on the host.
+            chosen = topk_idx.flatten()
+            self.tokens_per_expert.scatter_add_(0, chosen, torch.ones_like(chosen))
         in_experts = self.weights_in == "experts"
         recv, handle = dispatch(
             tokens,

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from qcomm.exchange import CombineOptions, Sums
-from qcomm.formats import WireFormat
+from qcomm.formats import Rounding, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import (
@@ -26,10 +26,10 @@ from qcomm.ops.comm import (
 from qcomm.records import RecordLayout, ValuesLayout
 from qcomm.tuning import Tuning
 
-_SEND = Budget(warps=14, team_warps=14, registers=80, shared_bytes=172 * 1024, stages=6)
+_SEND = Budget(warps=14, team_warps=14, registers=64, shared_bytes=172 * 1024, stages=6)
+_SEND_STOCHASTIC = Budget(warps=14, team_warps=14, registers=72, shared_bytes=172 * 1024, stages=6)
 _DECODE = Budget(warps=14, team_warps=14, registers=56, shared_bytes=96 * 1024, stages=6)
-_SENDERS = 1
-_MAX_CHUNKS = 12
+_MAX_CHUNKS = 24
 _DECODE_FLAGS = {"in_flight": 2, "flags_together": 1}
 
 
@@ -42,10 +42,11 @@ class CombineSendParams(ctypes.Structure):
         ("record_rows", ctypes.c_uint64),
         ("record_weights", ctypes.c_uint64),
         ("record_src_token", ctypes.c_uint64),
-        ("record_values", ctypes.c_uint64),
+        ("row_values", ctypes.c_uint64),
         ("y", ctypes.c_uint64),
         ("quantizer", Quantizer),
         ("width", ctypes.c_int32),
+        ("values_width", ctypes.c_int32),
     )
 
 
@@ -70,7 +71,8 @@ class CombineDecodeParams(ctypes.Structure):
 def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `combine_send`, `combine_recv` or `combine_decode`."""
     decodes = name == "combine_decode"
-    sharing, budget = _send_teams(wire, hidden, num_topk, decodes=decodes), _DECODE if decodes else _SEND
+    sharing = _send_teams(wire, hidden, num_topk, decodes=decodes)
+    budget, _ = _budget(wire, decodes=decodes)
     return spec(
         "combine",
         name,
@@ -80,7 +82,7 @@ def combine_spec(name: str, wire: WireFormat, hidden: int, num_topk: int, tuning
         sizeof_combine_recv=ctypes.sizeof(CombineRecvParams),
         sizeof_combine_decode=ctypes.sizeof(CombineDecodeParams),
         recv_threads=_recv_threads(wire),
-        senders=_SENDERS,
+        senders=sharing.senders,
         chunks=sharing.chunks,
         chunk_bytes=sharing.chunk_bytes,
         **(_DECODE_FLAGS if decodes else tuning.constants),
@@ -94,10 +96,18 @@ def _recv_threads(wire: WireFormat) -> int:
     return 256 if wire.hadamard else 384
 
 
+def _budget(wire: WireFormat, *, decodes: bool) -> tuple[Budget, int]:
+    """Return what a sending kernel may take, and its sending warps; random bits take more registers."""
+    if decodes:
+        return _DECODE, 1
+    return (_SEND_STOCHASTIC, 1) if wire.rounding is Rounding.STOCHASTIC else (_SEND, 2)
+
+
 def _send_teams(wire: WireFormat, hidden: int, num_topk: int, *, decodes: bool = False) -> Teams:
     """Return the teams of a block of `combine_send` or `combine_decode`."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(ValuesLayout(num_topk))
-    return send_teams(hidden, slot_bytes, _DECODE if decodes else _SEND, _SENDERS, _MAX_CHUNKS)
+    budget, senders = _budget(wire, decodes=decodes)
+    return send_teams(hidden, slot_bytes, budget, senders, _MAX_CHUNKS)
 
 
 def allocate(handle: DispatchHandle, hidden: int, has_values: bool) -> Sums:
@@ -112,12 +122,12 @@ def launch_send(
     launcher: Launcher,
     stream: int,
     y: torch.Tensor,
-    record_values: torch.Tensor | None,
+    row_values: torch.Tensor | None,
     handle: DispatchHandle,
     options: CombineOptions,
 ) -> None:
     """Sum each record's rows and send the sum to its token's rank, with the record's values if there are any."""
-    params = _send_params(launcher, y, record_values, handle, options)
+    params = _send_params(launcher, y, row_values, handle, options)
     _launch_sender("combine_send", launcher, stream, params, handle, options.wire, y.shape[-1])
 
 
@@ -131,12 +141,12 @@ def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: W
 
 
 def is_decode(
-    launcher: Launcher, handle: DispatchHandle, wire: WireFormat, record_values: torch.Tensor | None = None
+    launcher: Launcher, handle: DispatchHandle, wire: WireFormat, row_values: torch.Tensor | None = None
 ) -> bool:
     """Tell whether one kernel can do it, and is faster than a barrier, a send and a receive: where tokens are few."""
     most = launcher.tuning("combine", wire).decode_tokens
     few = handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
-    return few and record_values is None
+    return few and row_values is None
 
 
 def launch_decode(
@@ -162,7 +172,7 @@ def _launch_sender(
     hidden: int,
 ) -> None:
     num_topk = handle.record_topk_idx.shape[1]
-    sharing = _send_teams(wire, hidden, num_topk, decodes=name == "combine_decode")
+    sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
     kernel.launch(launcher.send_blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
@@ -171,7 +181,7 @@ def _launch_sender(
 def _send_params(
     launcher: Launcher,
     y: torch.Tensor,
-    record_values: torch.Tensor | None,
+    row_values: torch.Tensor | None,
     handle: DispatchHandle,
     options: CombineOptions,
 ) -> CombineSendParams:
@@ -181,10 +191,11 @@ def _send_params(
         handle.record_rows.data_ptr(),
         pointer(handle.record_topk_weights if options.weighted and handle.has_weights else None),
         handle.record_src_token.data_ptr(),
-        pointer(record_values),
+        pointer(row_values),
         y.data_ptr(),
         Quantizer.of(options.wire, options.seed, 0),
         handle.record_rows.shape[1],
+        1 if row_values is None or row_values.dim() == 1 else row_values.shape[1],
     )
 
 

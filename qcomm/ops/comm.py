@@ -50,13 +50,10 @@ class Nodes(ctypes.Structure):
     """See `Nodes` in kernels/layout.cuh."""
 
     _fields_ = (
-        ("counts_outbox", ctypes.c_uint64),
         ("dispatch_outbox", ctypes.c_uint64),
         ("combine_outbox", ctypes.c_uint64),
         ("inbox_flags", ctypes.c_uint64),
         ("inbox", ctypes.c_uint64),
-        ("node_sum_flags", ctypes.c_uint64),
-        ("node_sums", ctypes.c_uint64),
     )
 
 
@@ -84,7 +81,6 @@ class Comm(ctypes.Structure):
         ("chunk_counts", ctypes.c_uint64),
         ("deadline_ns", ctypes.c_uint64),
         ("barrier_flags", ctypes.c_uint64),
-        ("route_flags", ctypes.c_uint64),
         ("counts", ctypes.c_uint64),
         ("dispatch_flags", ctypes.c_uint64),
         ("combine_flags", ctypes.c_uint64),
@@ -224,6 +220,7 @@ class Teams:
     Attributes:
         stages: records staged, of one ring.
         chunks: pieces of rows that a warp loads ahead, of the block.
+        senders: warps that send records.
         helpers: warps besides the teams', which load, send or tell of records.
         rings: of stages.
     """
@@ -233,6 +230,7 @@ class Teams:
     stages: int
     stage_bytes: int
     chunks: int
+    senders: int
     helpers: int
     rings: int
 
@@ -270,20 +268,23 @@ def recv_teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
     most = min(_MAX_TEAMS, budget.warps // (warps + 1))
     count = max(1, min(most, budget.shared_bytes // (min(2, budget.stages) * stage_bytes)))
     stages = max(1, min(budget.stages, budget.shared_bytes // (count * stage_bytes)))
-    return Teams(warps, count, stages, stage_bytes, chunks=0, helpers=count, rings=count)
+    return Teams(warps, count, stages, stage_bytes, chunks=0, senders=0, helpers=count, rings=count)
 
 
 def send_teams(hidden: int, stage_bytes: int, budget: Budget, senders: int, max_chunks: int = 0) -> Teams:
     """Divide a sending block's warps into teams that share the stages; `senders` send, one loads chunks, if any.
 
-    Where there are chunks, stages take at most a third of the shared memory.
+    Where there are chunks, stages take at most a third of the shared memory. Barriers of stages tell a use from the
+    next, not from the next but one. So each stage has one sender; and where teams wait for stages themselves, as no
+    warp loads for them, there are so few that none is that far ahead of a sender.
     """
     warps = _team_warps(hidden, budget)
     loads = min(1, max_chunks)
-    room = budget.shared_bytes // (1 + 2 * loads)
-    stages = max(1, min(budget.stages, room // stage_bytes))
-    count = max(1, min(stages, budget.warps // warps))
-    shape = Teams(warps, count, stages, stage_bytes, chunks=0, helpers=senders + loads, rings=1)
+    stages = max(1, min(budget.stages, budget.shared_bytes // (1 + 2 * loads) // stage_bytes))
+    senders = min(senders, stages)
+    stages -= stages % senders
+    count = max(1, min(stages // (1 if loads else senders), budget.warps // warps))
+    shape = Teams(warps, count, stages, stage_bytes, chunks=0, senders=senders, helpers=senders + loads, rings=1)
     chunks = min(max_chunks, (budget.shared_bytes - shape.shared_bytes) // shape.chunk_bytes)
     return dataclasses.replace(shape, chunks=chunks)
 

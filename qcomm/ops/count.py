@@ -101,8 +101,13 @@ def launch_count(
     launcher: Launcher, stream: int, num_topk: int, placement: Placement, host: torch.Tensor | None, sequence: int
 ) -> None:
     """Wait for every peer's counts, and say what comes; with a host table, tell the host under a sequence number."""
-    comm = launcher.comm
     params = CountParams(launcher.comm, placement)
     params.placement.host, params.placement.host_sequence = pointer(host), sequence
-    shared_bytes = 4 * (2 * comm.num_local_experts + comm.num_ranks + 2)
+    shared_bytes = table_bytes(launcher)
     launcher.kernels.get(count_spec, num_topk).launch(1, _THREADS, shared_bytes, stream, params)
+
+
+def table_bytes(launcher: Launcher) -> int:
+    """Return the shared memory that counting takes: the counts of every rank, and the table of `count_records`."""
+    ranks, local = launcher.comm.num_ranks, launcher.comm.num_local_experts
+    return 4 * (ranks * (2 + local) + 2 * local + ranks + 2)

@@ -94,15 +94,16 @@ class DispatchRecvParams(ctypes.Structure):
 
 def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `dispatch_send` for an input of kind bf16, fp8 or mxfp4."""
+    sharing = _send_teams(wire, hidden, num_topk)
     return spec(
         "dispatch_send",
         "dispatch_send",
         input=[*WIRE_KINDS].index(input_kind),  # type: ignore[arg-type]
         num_topk=num_topk,
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
-        senders=_SENDERS,
+        senders=sharing.senders,
         **tuning.constants,
-        **_send_teams(wire, hidden, num_topk).constants(_SEND),
+        **sharing.constants(_SEND),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
 

@@ -9,6 +9,7 @@ from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
+from qcomm.ops import count
 from qcomm.ops.comm import (
     MAX_BLOCK_SHARED_BYTES,
     Budget,
@@ -19,7 +20,6 @@ from qcomm.ops.comm import (
     spec,
     wire_constants,
 )
-from qcomm.ops.count import host_constants
 from qcomm.ops.dispatch import (
     DispatchRecvParams,
     DispatchSendParams,
@@ -32,7 +32,7 @@ from qcomm.records import MetadataLayout, RecordLayout
 from qcomm.tuning import Tuning
 
 _SENDERS = 2
-_BUDGET = Budget(warps=14, team_warps=14, registers=56, shared_bytes=88 * 1024, stages=6)
+_BUDGET = Budget(warps=14, team_warps=7, registers=56, shared_bytes=88 * 1024, stages=6)
 _STATIC_SHARED_BYTES = 8 * 1024
 """More than the kernel itself declares."""
 
@@ -66,8 +66,8 @@ def dispatch_decode_spec(
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
-        **host_constants(),
-        senders=_SENDERS,
+        **count.host_constants(),
+        senders=sharing.senders,
         **tuning.constants,
         **sharing.constants(_BUDGET),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
@@ -116,12 +116,13 @@ def table_bytes(launcher: Launcher, num_tokens: int) -> int:
     """Return the shared memory for bitmaps of routing, then for tables of counts."""
     ranks, local = launcher.comm.num_ranks, launcher.comm.num_local_experts
     bitmaps = (launcher.comm.num_experts + ranks) * -(-num_tokens // 32)
-    counting, counted = 2 * local + ranks + 2, (ranks + 1) + local + ranks * local + local + 1
-    return 4 * max(bitmaps, counting + counted)
+    counted = (ranks + 1) + local + ranks * local + local + 1
+    return max(4 * bitmaps, count.table_bytes(launcher) + 4 * counted)
 
 
 def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
-    """Return the one team of a block, with stages that hold a record and a row."""
+    """Return the teams of a block, one for each sender where there is room; a stage holds a record and their rows."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
-    stage_bytes = slot_bytes + recv_stage_bytes(recv_dtype, hidden)
-    return dataclasses.replace(send_teams(hidden, stage_bytes, _BUDGET, _SENDERS), count=1)
+    row_bytes = recv_stage_bytes(recv_dtype, hidden)
+    teams = _SENDERS if 2 * (slot_bytes + _SENDERS * row_bytes) <= _BUDGET.shared_bytes else 1
+    return dataclasses.replace(send_teams(hidden, slot_bytes + teams * row_bytes, _BUDGET, _SENDERS), count=teams)

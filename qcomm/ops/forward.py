@@ -8,7 +8,7 @@ from qcomm.exchange import CombineOptions
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
-from qcomm.ops.comm import Budget, Comm, Launcher, Quantizer, Teams, encoding, spec, wire_constants
+from qcomm.ops.comm import Budget, Comm, Launcher, Quantizer, Teams, encoding, send_teams, spec, wire_constants
 from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
 from qcomm.tuning import Tuning
 
@@ -45,14 +45,15 @@ class CombineForwardParams(ctypes.Structure):
 
 def dispatch_forward_spec(wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
     """Build the spec of `dispatch_forward`; of the wire only its kind matters."""
+    sharing = _teams(wire, hidden, num_topk)
     return spec(
         "dispatch_forward",
         "dispatch_forward",
         num_topk=num_topk,
         sizeof_dispatch_forward=ctypes.sizeof(DispatchForwardParams),
-        senders=_SENDERS,
+        senders=sharing.senders,
         **tuning.constants,
-        **_teams(wire, hidden, num_topk).constants(_BUDGET),
+        **sharing.constants(_BUDGET),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
 
@@ -74,14 +75,13 @@ def launch_dispatch_forward(
 ) -> None:
     """Forward the records of other nodes' ranks.
 
-    Fills the handle's `forward_counts` and `forward_slots`; a replay goes by them.
+    Fills the handle's `forward.counts` and `forward.slots`; a replay goes by them.
     """
-    assert handle.forward_counts is not None
-    assert handle.forward_slots is not None
+    assert handle.forward is not None
     plain, num_topk = WireFormat(wire.kind), handle.record_topk_idx.shape[1]
     tuning, sharing = launcher.tuning("dispatch", wire), _teams(plain, hidden, num_topk)
     params = DispatchForwardParams(
-        launcher.comm, handle.forward_counts.data_ptr(), handle.forward_slots.data_ptr(), replays
+        launcher.comm, handle.forward.counts.data_ptr(), handle.forward.slots.data_ptr(), replays
     )
     kernel = launcher.kernels.get(dispatch_forward_spec, plain, hidden, num_topk, tuning)
     grid = launcher.forward_blocks("dispatch", wire)
@@ -92,13 +92,12 @@ def launch_combine_forward(
     launcher: Launcher, stream: int, handle: DispatchHandle, options: CombineOptions, hidden: int, *, has_values: bool
 ) -> None:
     """Add up this node's sums for other nodes' tokens and put them back, as they arrive."""
-    assert handle.forward_counts is not None
-    assert handle.forward_slots is not None
+    assert handle.forward is not None
     wire, num_topk = options.wire, handle.record_topk_idx.shape[1]
     params = CombineForwardParams(
         launcher.comm,
-        handle.forward_counts.data_ptr(),
-        handle.forward_slots.data_ptr(),
+        handle.forward.counts.data_ptr(),
+        handle.forward.slots.data_ptr(),
         Quantizer.of(wire, options.seed, 0),
         has_values,
     )
@@ -110,5 +109,4 @@ def launch_combine_forward(
 def _teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block of `dispatch_forward`: a warp loads a record, whatever its length."""
     stage_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
-    stages = max(1, min(_BUDGET.stages, _BUDGET.shared_bytes // stage_bytes))
-    return Teams(1, min(_BUDGET.warps, stages), stages, stage_bytes, chunks=0, helpers=_SENDERS, rings=1)
+    return send_teams(hidden, stage_bytes, _BUDGET, _SENDERS)

@@ -90,14 +90,14 @@ def received(payload: Payload, handle: DispatchHandle, options: DispatchOptions)
         group_offsets=handle.group_offsets,
         weights=handle.row_weights,
         src=handle.row_src,
-        topk_idx=_rows(handle.record_topk_idx, handle.num_rows, -1) if by_token else None,
-        topk_weights=_rows(handle.record_topk_weights, handle.num_rows, 0) if by_token else None,
+        topk_idx=rows_of_records(handle.record_topk_idx, handle.num_rows, -1) if by_token else None,
+        topk_weights=rows_of_records(handle.record_topk_weights, handle.num_rows, 0) if by_token else None,
         spread_overflows=payload.spread_overflows,
         wire=options.wire,
     )
 
 
-def _rows(records: torch.Tensor, num_rows: int, fill: int) -> torch.Tensor:
+def rows_of_records(records: torch.Tensor, num_rows: int, fill: int) -> torch.Tensor:
     """Cut or fill up what is known by record to the rows of a "token_major" result."""
     missing = num_rows - len(records)
     return records[:num_rows] if missing <= 0 else torch.nn.functional.pad(records, (0, 0, 0, missing), value=fill)

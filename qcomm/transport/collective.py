@@ -1,26 +1,26 @@
-"""The collective backend: `all_to_all_single` on packed records, gloo on CPU and NCCL on GPU.
+"""The collective backend: packed records over a process group, gloo on CPU and NCCL on GPU.
 
 The codec and all placement are plain PyTorch (`qcomm.exchange`), so this backend runs wherever torch.distributed
-does, and the other backends are tested against it.
+does, and the other backends are tested against it. Over several nodes of several ranks, a token goes to each node once
+(`qcomm.transport.hops`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
-from qcomm import exchange
+from qcomm import exchange, reference
 from qcomm.config import BufferConfig, Member
-from qcomm.errors import QcommError, QcommPeerError, QcommTimeoutError
+from qcomm.errors import QcommError
 from qcomm.exchange import CombineOptions, DispatchOptions, Routing, Sums, WireInput
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
 from qcomm.records import MetadataLayout
+from qcomm.topology import Topology
 from qcomm.transport.base import (
     Ending,
     dropped_token_error,
@@ -29,6 +29,8 @@ from qcomm.transport.base import (
     received,
     routing_error,
 )
+from qcomm.transport.hops import Carrier, Direct, Relayed
+from qcomm.transport.messages import Messages
 from qcomm.transport.streams import record_stream
 
 
@@ -38,7 +40,12 @@ class CollectiveTransport:
     symmetric_bytes = 0
 
     def __init__(
-        self, config: BufferConfig, member: Member, owner: Owner, comm_stream: torch.cuda.Stream | None
+        self,
+        config: BufferConfig,
+        member: Member,
+        owner: Owner,
+        comm_stream: torch.cuda.Stream | None,
+        topology: Topology,
     ) -> None:
         self._config = config
         self._member = member
@@ -46,6 +53,9 @@ class CollectiveTransport:
         self._num_local_experts = config.num_experts // member.num_ranks
         self._comm_stream = comm_stream
         self._noted: list[_Noted] = []
+        self._messages = Messages(member)
+        carrier = Carrier(self._messages)
+        self._way = Relayed(config, member, carrier, topology) if topology.relays else Direct(config, member, carrier)
 
     def dispatch(
         self,
@@ -121,17 +131,9 @@ class CollectiveTransport:
             per_expert = tuple(expert_counts.sum(0).tolist())
             num_records = sum(recv_counts)
             num_rows, rows_per_expert = exchange.exact_rows(options, num_records, per_expert)
-        path = _Path(routing.send_slot, offsets, send_counts, recv_counts)
-        words = torch.cat(
-            [
-                exchange.metadata(routing, topk_weights, tokens, rank, num_local)
-                for rank, tokens in enumerate(self._tokens_to_ranks(path))
-            ]
-        )
-        words = self._forward(words, path, "dispatch.metadata", fill=-1)
-        records = torch.arange(num_records, device=member.device)
-        record_src = torch.searchsorted(offsets[1:].contiguous(), records, right=True)
-        record_src = torch.where(records < offsets[-1], record_src, -1)
+        words, relay = self._way.describe(routing, topk_weights, counts, options.static)
+        record_src = exchange.group_of(offsets, num_records)
+        record_src = torch.where(record_src < num_ranks, record_src, -1)
         placement = exchange.place(
             words, config.num_topk, record_src, expert_counts, options, num_rows, rows_per_expert
         )
@@ -161,12 +163,13 @@ class CollectiveTransport:
             group_offsets=placement.group_offsets,
             send_counts=send_counts,
             recv_counts=recv_counts,
+            relay=relay,
         )
 
     def _exchange_counts(
         self, routing: Routing, topk_idx: torch.Tensor, bad: torch.Tensor, static: bool
     ) -> torch.Tensor:
-        """Gather every rank's token counts per rank and per expert: `[num_ranks, num_ranks + num_experts]` int64.
+        """Gather every rank's token counts per rank, expert and, where records are relayed, node: int64 columns.
 
         The first bad token travels along, so that every rank raises when one rank's routing is bad and none waits.
         """
@@ -174,10 +177,9 @@ class CollectiveTransport:
         tokens = torch.arange(1, len(bad) + 1, device=bad.device)
         first_bad = torch.where(bad, tokens, len(bad) + 1).amin() if len(bad) else tokens.new_ones(())
         status = torch.where(first_bad <= len(bad), first_bad, 0)[None]
-        mine = torch.cat((status, routing.tokens_per_rank, routing.tokens_per_expert))
-        gathered = [torch.empty_like(mine) for _ in range(member.num_ranks)]
-        self._wait(dist.all_gather(gathered, mine, group=member.group, async_op=True), "dispatch.counts")
-        table = torch.stack(gathered)
+        per_node = (self._way.node_slot(routing) >= 0).sum(0)
+        mine = torch.cat((status, routing.tokens_per_rank, routing.tokens_per_expert, per_node))
+        table = self._messages.gather(mine, "dispatch.counts")
         if static and table.is_cuda:
             self._noted.append(_Noted("route", status, 0))
             return table[:, 1:]
@@ -190,11 +192,8 @@ class CollectiveTransport:
         return table[:, 1:]
 
     def _send(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> Received:
-        path = _Path.of(handle)
         records = exchange.encode_wire(x, options.wire, options.seed, self._member.rank)
-        index = torch.cat(self._tokens_to_ranks(path)).clamp(min=0)
-        records = records[index] if len(records) else records.new_zeros(len(index), records.shape[1])
-        records = self._forward(records, path, "dispatch.records", fill=0)
+        records = self._way.forward(records, handle)
         payload = exchange.lay_out(
             records, handle.record_rows, handle.num_rows, handle.group_offsets, self._config.hidden, options
         )
@@ -203,93 +202,12 @@ class CollectiveTransport:
     def _combine(
         self, y: torch.Tensor, row_values: torch.Tensor | None, handle: DispatchHandle, options: CombineOptions
     ) -> Sums:
-        hidden, num_ranks, wire = self._config.hidden, self._member.num_ranks, options.wire
-        path = _Path.of(handle)
         weights = handle.record_topk_weights if options.weighted and handle.has_weights else None
-        sums = exchange.partial_sums(y.reshape(-1, hidden), handle.record_rows, weights)
-        src = torch.searchsorted(path.offsets[1:].contiguous(), torch.arange(len(sums), device=sums.device), right=True)
-        subsequence = exchange.combine_subsequence(src, self._member.rank, num_ranks)
-        records = exchange.encode_wire(sums, wire, options.seed, subsequence, handle.record_src_token.clamp(min=0))
-        parts = self._backward(records, path, "combine.records")
-        decoded = [exchange.decode_wire(part, wire, hidden) for part in parts]
-        out = exchange.sum_over_ranks(decoded, handle.send_slot, hidden)
+        sums = exchange.partial_sums(y.reshape(-1, self._config.hidden), handle.record_rows, weights)
+        out = reference.to_dtype(self._way.combine(sums, handle, options), torch.bfloat16)
         if row_values is None:
             return Sums(out, None)
-        values = self._backward(exchange.record_values(row_values, handle.record_rows), path, "combine.values")
-        return Sums(out, exchange.values_over_ranks(list(values), handle.send_slot, self._config.num_topk))
-
-    def _tokens_to_ranks(self, path: _Path) -> list[torch.Tensor]:
-        tokens = exchange.tokens_by_slot(path.send_slot, self._config.num_max_tokens_per_rank)
-        if path.send_counts is None:
-            return list(tokens)
-        return [row[:count] for row, count in zip(tokens, path.send_counts, strict=True)]
-
-    def _forward(self, rows: torch.Tensor, path: _Path, phase: str, fill: int) -> torch.Tensor:
-        """Send each rank its rows; returns the rows that came, in record order."""
-        if path.send_counts is not None and path.recv_counts is not None:
-            return self._all_to_all(rows, path.send_counts, path.recv_counts, phase)
-        num_ranks, slots = self._member.num_ranks, self._config.num_max_tokens_per_rank
-        came = self._all_to_all(rows, (slots,) * num_ranks, (slots,) * num_ranks, phase)
-        out = came.new_full((len(came) + 1, came.shape[1]), fill)
-        out[self._record_of_slot(path, len(came))] = came
-        return out[:-1]
-
-    def _backward(self, records: torch.Tensor, path: _Path, phase: str) -> tuple[torch.Tensor, ...]:
-        """Send each record back to its source; returns for each rank its rows, by slot."""
-        if path.send_counts is not None and path.recv_counts is not None:
-            came = self._all_to_all(records, path.recv_counts, path.send_counts, phase)
-            return came.split(list(path.send_counts))
-        num_ranks, slots = self._member.num_ranks, self._config.num_max_tokens_per_rank
-        rows = records[self._record_of_slot(path, len(records)).clamp(max=len(records) - 1)]
-        return self._all_to_all(rows, (slots,) * num_ranks, (slots,) * num_ranks, phase).split(slots)
-
-    def _record_of_slot(self, path: _Path, spill: int) -> torch.Tensor:
-        slots = torch.arange(self._config.num_max_tokens_per_rank, device=path.offsets.device)
-        counts = path.offsets[1:] - path.offsets[:-1]
-        return torch.where(slots < counts[:, None], path.offsets[:-1, None] + slots, spill).flatten()
-
-    def _all_to_all(
-        self, rows: torch.Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...], phase: str
-    ) -> torch.Tensor:
-        came = rows.new_empty((sum(recv_counts), rows.shape[1]))
-        work = dist.all_to_all_single(
-            came,
-            rows.contiguous(),
-            list(recv_counts),
-            list(send_counts),
-            group=self._member.group,
-            async_op=True,
-        )
-        self._wait(work, phase)
-        return came
-
-    def _wait(self, work: dist.Work | None, phase: str) -> None:
-        assert work is not None
-        member = self._member
-        try:
-            if member.device.type == "cuda":
-                work.wait()
-            else:
-                work.wait(datetime.timedelta(seconds=member.deadline_s))
-        except RuntimeError as error:
-            text = str(error)
-            kind = QcommTimeoutError if "imed out" in text or "imeout" in text else QcommPeerError
-            raise kind(f"rank {member.rank}: {phase} failed: {text}", rank=member.rank, phase=phase) from error
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Path:
-    """What moving rows along a route needs; counts are None in static mode."""
-
-    send_slot: torch.Tensor
-    offsets: torch.Tensor
-    send_counts: tuple[int, ...] | None
-    recv_counts: tuple[int, ...] | None
-
-    @classmethod
-    def of(cls, handle: DispatchHandle) -> _Path:
-        offsets = handle.recv_offsets.to(torch.int64)
-        return cls(handle.send_slot, offsets, handle.send_counts, handle.recv_counts)
+        return Sums(out, self._way.values(exchange.record_values(row_values, handle.record_rows), handle))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from qcomm.errors import (
 )
 from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
-from qcomm.handle import DispatchHandle, Owner, Received
+from qcomm.handle import DispatchHandle, Forward, Owner, Received, part_shapes
 from qcomm.jit import KernelLoader, KernelSpec
 from qcomm.ops import combine, count, dispatch, dispatch_decode, route
 from qcomm.ops.comm import (
@@ -43,15 +43,7 @@ from qcomm.ops.comm import (
 )
 from qcomm.ops.count import Placement
 from qcomm.ops.dispatch import Receive, Routing
-from qcomm.records import (
-    MetadataLayout,
-    NodesLayout,
-    PutLayout,
-    RecordLayout,
-    SymmetricLayout,
-    ValuesLayout,
-    align,
-)
+from qcomm.records import NodesLayout, align, symmetric_layout
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import (
     Ending,
@@ -63,7 +55,7 @@ from qcomm.transport.base import (
 )
 from qcomm.transport.streams import record_stream
 from qcomm.transport.symmetric import SymmetricMemory, abandon, allocate
-from qcomm.tuning import Op, Tunings
+from qcomm.tuning import Tunings
 
 _SPINS_PER_QUERY = 1 << 20
 _GUESS_MARGIN = 32
@@ -91,7 +83,7 @@ class NvlinkTransport:
         self._guess: dict[str, int] = {}
         device = torch.cuda.get_device_properties(member.device)
         tunings = self._tune(tuning.choose_all(device.name, member.num_ranks, num_sms))
-        self._layout = _symmetric_layout(config, member, self._nodes_layout())
+        self._layout = symmetric_layout(config, member.num_ranks, self._nodes_layout())
         with torch.cuda.device(member.device):
             self._memory = self._allocate(provider)
             self._state = torch.zeros(ctypes.sizeof(State), dtype=torch.uint8, device=member.device)
@@ -176,13 +168,12 @@ class NvlinkTransport:
         _check_addresses(y)
         with self._call(options.async_op, y, row_values, handle) as call:
             sums = combine.allocate(handle, self._config.hidden, row_values is not None)
-            values = None if row_values is None else exchange.record_values(row_values, handle.record_rows)
-            if not options.split and combine.is_decode(self._launcher, handle, options.wire, values):
+            if not options.split and combine.is_decode(self._launcher, handle, options.wire, row_values):
                 combine.launch_decode(self._launcher, call.stream, y, handle, options, sums)
                 call.keep(*sums)
                 return sums, Ending(call.event)
             launch_barrier(self._launcher, call.stream, None)
-            self._send_sums(call, y, values, handle, options)
+            self._send_sums(call, y, row_values, handle, options)
             receive = functools.partial(
                 combine.launch_recv, self._launcher, handle=handle, wire=options.wire, sums=sums
             )
@@ -259,7 +250,7 @@ class NvlinkTransport:
         return 0
 
     def _forward_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of what a handle holds of forwarded tokens, by field."""
+        """Return the shapes of what `Forward` holds besides `node_slot`, by field; nothing where none forwards."""
         return {}
 
     def _send(
@@ -273,13 +264,13 @@ class NvlinkTransport:
         self,
         call: Call,
         y: torch.Tensor,
-        values: torch.Tensor | None,
+        row_values: torch.Tensor | None,
         handle: DispatchHandle,
         options: CombineOptions,
     ) -> None:
         """Launch what sends sums."""
         with call.beside(self._send_stream) as stream:
-            combine.launch_send(self._launcher, stream, y, values, handle, options)
+            combine.launch_send(self._launcher, stream, y, row_values, handle, options)
 
     def _comm(self) -> Comm:
         config, member, layout = self._config, self._member, self._layout
@@ -313,31 +304,26 @@ class NvlinkTransport:
         num_records = num_ranks * config.num_max_tokens_per_rank
         rows, rows_per_expert = exchange.worst_case_rows(options, num_records, num_topk, num_local)
         by_token = options.recv_layout == "token_major"
-        # By token these are the result's rows, of which there may be more than records. To pad them afterwards would
-        # be to read what the hook of a split call has yet to write.
-        known = max(num_records, rows) if by_token else num_records
-        shapes = {
-            "row_src": (rows, 2),
-            "row_weights": (0 if by_token else rows,),
-            "row_record": (rows,),
-            "send_slot": (num_tokens, num_ranks + self._forward_nodes),
-            "ordinals": (num_tokens, num_topk),
-            "source_starts": (num_ranks, num_local),
-            "recv_offsets": (num_ranks + 1,),
-            "record_src_token": (num_records,),
-            "record_topk_idx": (known, num_topk),
-            "record_topk_weights": (known, num_topk),
-            "record_rows": (num_records, 1 if by_token else num_topk),
-            "num_tokens_per_expert": (num_local,),
-            "group_offsets": (num_local + 1,),
-            **self._forward_shapes(),
-        }
+        shapes = part_shapes(
+            options.recv_layout,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_ranks=num_ranks,
+            num_local_experts=num_local,
+            num_records=num_records,
+            num_rows=rows,
+        )
+        shapes["send_slot"] = (num_tokens, num_ranks + self._forward_nodes)
+        shapes["ordinals"] = (num_tokens, num_topk)
+        shapes["source_starts"] = (num_ranks, num_local)
+        shapes |= self._forward_shapes()
         sizes = [math.prod(shape) for shape in shapes.values()]
         pieces = torch.empty(sum(sizes), dtype=torch.int32, device=self._member.device).split(sizes)
         parts = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
         row_weights, group_offsets = parts.pop("row_weights"), parts.pop("group_offsets")
         record_topk_weights = parts.pop("record_topk_weights").view(torch.float32)
-        parts["send_slot"] = parts["send_slot"][:, :num_ranks]  # behind them stay those at nodes
+        parts["send_slot"], node_slot = parts["send_slot"].tensor_split((num_ranks,), dim=1)
+        forward = {name: parts.pop(name) for name in self._forward_shapes()}
         ordinals, source_starts = parts.pop("ordinals"), parts.pop("source_starts")
         handle = DispatchHandle(
             owner=self._owner,
@@ -354,6 +340,7 @@ class NvlinkTransport:
             group_offsets=None if by_token else group_offsets,
             send_counts=None,
             recv_counts=None,
+            forward=Forward(node_slot, **forward) if forward else None,
             **parts,
         )
         return handle, ordinals, source_starts
@@ -543,20 +530,3 @@ def _check_addresses(x: WireInput) -> None:
         multiple = 4 if name == "x.sf" else _POINTER_ALIGNMENT
         if part.data_ptr() % multiple:
             raise ValueError(f"{name} must start at a multiple of {multiple} bytes, got {part.data_ptr():#x}")
-
-
-def largest_slot(config: BufferConfig, op: Op, behind: MetadataLayout | PutLayout | ValuesLayout) -> int:
-    """Return the bytes of a slot that holds a record of either leg of an operation."""
-    legs = (config.precision.leg(op, backward) for backward in (False, True))
-    return max(RecordLayout(leg.kind, config.hidden).slot_bytes(behind) for leg in legs)
-
-
-def _symmetric_layout(config: BufferConfig, member: Member, nodes: NodesLayout | None) -> SymmetricLayout:
-    return SymmetricLayout(
-        num_ranks=member.num_ranks,
-        num_local_experts=config.num_experts // member.num_ranks,
-        max_tokens=config.num_max_tokens_per_rank,
-        dispatch_slot_bytes=largest_slot(config, "dispatch", MetadataLayout(config.num_topk)),
-        combine_slot_bytes=largest_slot(config, "combine", ValuesLayout(config.num_topk)),
-        nodes=nodes,
-    )

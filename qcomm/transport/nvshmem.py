@@ -24,9 +24,9 @@ from qcomm.jit import KernelSpec
 from qcomm.ops import forward
 from qcomm.ops.comm import Nodes, State
 from qcomm.ops.dispatch import Routing
-from qcomm.records import MetadataLayout, NodesLayout, PutLayout
+from qcomm.records import NodesLayout, nodes_layout
 from qcomm.topology import Topology
-from qcomm.transport.nvlink import Call, NvlinkTransport, largest_slot
+from qcomm.transport.nvlink import Call, NvlinkTransport
 from qcomm.transport.symmetric import NvshmemMemory, SymmetricMemory
 from qcomm.tuning import Tuning, Tunings
 
@@ -63,13 +63,8 @@ class NvshmemTransport(NvlinkTransport):
             return tunings
         return {key: _without_decode(tuning) for key, tuning in tunings.items()}
 
-    def _nodes_layout(self) -> NodesLayout:
-        config = self._config
-        behind = MetadataLayout(config.num_topk) if not self._forwards else self._put_layout()
-        return NodesLayout(self._topology.num_nodes, self._forwards, largest_slot(config, "dispatch", behind))
-
-    def _put_layout(self) -> PutLayout:
-        return PutLayout(self._config.num_topk, self._member.num_ranks)
+    def _nodes_layout(self) -> NodesLayout | None:
+        return nodes_layout(self._config, self._topology, forwards=self._forwards)
 
     def _specialise(self, spec: KernelSpec) -> KernelSpec:
         debug = os.environ.get(DEBUG_VARIABLE, "0") != "0"
@@ -93,8 +88,8 @@ class NvshmemTransport(NvlinkTransport):
             return {}
         nodes, each = self._topology.num_nodes, 1 + self._topology.ranks_per_node
         return {
-            "forward_counts": (nodes,),
-            "forward_slots": (nodes, self._config.num_max_tokens_per_rank, each),
+            "counts": (nodes,),
+            "slots": (nodes, self._config.num_max_tokens_per_rank, each),
         }
 
     def _send(
@@ -110,14 +105,14 @@ class NvshmemTransport(NvlinkTransport):
         self,
         call: Call,
         y: torch.Tensor,
-        values: torch.Tensor | None,
+        row_values: torch.Tensor | None,
         handle: DispatchHandle,
         options: CombineOptions,
     ) -> None:
-        super()._send_sums(call, y, values, handle, options)
+        super()._send_sums(call, y, row_values, handle, options)
         if self._forwards:
             with call.beside(self._forward_stream) as stream:
-                hidden, has_values = self._config.hidden, values is not None
+                hidden, has_values = self._config.hidden, row_values is not None
                 forward.launch_combine_forward(self._launcher, stream, handle, options, hidden, has_values=has_values)
 
 

@@ -81,7 +81,7 @@ def choose(config: BufferConfig, member: Member, topology: Topology) -> Choice:
     """
     if config.backend == "collective":
         return Choice("collective", None, "asked for")
-    seats: list[_Seat] = [_seat(member.device)] * member.num_ranks
+    seats: list[_Seat] = [_seat(member.device, topology)] * member.num_ranks
     dist.all_gather_object(seats, seats[0], group=member.group)
     several = topology.num_nodes > 1
     if several and config.backend != "nvlink":
@@ -121,12 +121,13 @@ def _choose_nvlink(config: BufferConfig, seats: list[_Seat], num_ranks: int, top
 
 def _choose_nvshmem(config: BufferConfig, seats: list[_Seat], num_ranks: int, topology: Topology) -> Choice:
     """Choose nvshmem, or collective for a reason."""
-    obstacle = _limit(config, num_ranks, topology.num_nodes)
+    obstacle = None
     for node in range(topology.num_nodes):
         first = topology.rank(node, 0)
         obstacle = obstacle or _obstacle(seats[first : first + topology.ranks_per_node], first)
     for rank, seat in enumerate(seats):
         obstacle = obstacle or (seat.nvshmem_obstacle and f"rank {rank}: {seat.nvshmem_obstacle}")
+    obstacle = obstacle or _limit(config, num_ranks, topology.num_nodes)
     running = [seat.nvshmem for seat in seats]
     if obstacle is None and not _one_nvshmem(running):
         obstacle = f"NVSHMEM runs as (PE, number of PEs) {running}"
@@ -149,18 +150,19 @@ def create(
 ) -> Transport:
     """Make the transport of a choice. Collective."""
     if choice.backend == "collective":
-        return CollectiveTransport(config, member, owner, comm_stream)
-    from qcomm.transport.nvlink import NvlinkTransport
-    from qcomm.transport.nvshmem import NvshmemTransport
-
+        return CollectiveTransport(config, member, owner, comm_stream, topology)
     assert choice.provider is not None
     assert comm_stream is not None
     if choice.backend == "nvshmem":
+        from qcomm.transport.nvshmem import NvshmemTransport
+
         return NvshmemTransport(config, member, owner, comm_stream, num_sms, topology)
+    from qcomm.transport.nvlink import NvlinkTransport
+
     return NvlinkTransport(config, member, owner, comm_stream, num_sms, choice.provider)
 
 
-def _seat(device: torch.device) -> _Seat:
+def _seat(device: torch.device, topology: Topology) -> _Seat:
     capability = local_capability(device)
     host = host_id()
     if device.type != "cuda":
@@ -171,7 +173,9 @@ def _seat(device: torch.device) -> _Seat:
         uuids[i] for i in range(count) if i == device.index or torch.cuda.can_device_access_peer(device.index, i)
     ]
     running = symmetric.running_nvshmem() if "nvshmem" in capability.providers else None
-    obstacle, build = nvshmem_capability() if capability.supported else (capability.reason, "")
+    # It loads NVSHMEM, which one node may do without.
+    probes = capability.supported and topology.num_nodes > 1
+    obstacle, build = nvshmem_capability() if probes else (None, "")
     return _Seat(capability, host, uuids[device.index], tuple(reachable), running, tuple(uuids), obstacle, build)
 
 
@@ -193,6 +197,7 @@ def _several_nodes(topology: Topology) -> str | None:
 
 def _limit(config: BufferConfig, num_ranks: int, num_nodes: int = 0) -> str | None:
     """Say which limit of the nvlink and nvshmem backends the buffer's shape passes, None if it keeps within them."""
+    backend = "nvshmem" if num_nodes else "nvlink"
     sizes = {
         "ranks": (num_ranks, MAX_RANKS),
         "num_topk": (config.num_topk, MAX_TOPK),
@@ -200,11 +205,11 @@ def _limit(config: BufferConfig, num_ranks: int, num_nodes: int = 0) -> str | No
     }
     for name, (size, limit) in sizes.items():
         if size > limit:
-            return f"the nvlink backend takes {name} of at most {limit}, got {size}"
+            return f"the {backend} backend takes {name} of at most {limit}, got {size}"
     routing = route_shared_bytes(config.num_experts, num_ranks + num_nodes, config.num_max_tokens_per_rank)
     if routing > MAX_BLOCK_SHARED_BYTES:
         return (
-            f"the nvlink backend has {MAX_BLOCK_SHARED_BYTES} bytes of shared memory to route in, num_experts "
+            f"the {backend} backend has {MAX_BLOCK_SHARED_BYTES} bytes of shared memory to route in, num_experts "
             f"{config.num_experts} and num_max_tokens_per_rank {config.num_max_tokens_per_rank} need {routing}"
         )
     return None
