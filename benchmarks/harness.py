@@ -210,16 +210,23 @@ class Clock:
         settle(self._member)
         return graph.replay, result
 
-    def time(self, call: Callable[[], object]) -> Timing:
-        """Time a call."""
+    def time(self, call: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Timing:
+        """Time a call; `prepare` runs before each, untimed."""
         once = self._device_us if self._on_cuda else self._host_us
         gc.collect()
         gc.disable()
         try:
             for _ in range(_WARM_UP[self._member.device.type]):
+                prepare()
                 once(call)
-            times_us = [once(call) for _ in range(self._iterations)]
-            host_us = [self._host_us(call) for _ in range(self._iterations)] if self._on_cuda else times_us
+            times_us, host_us = [], []
+            for _ in range(self._iterations):
+                prepare()
+                times_us.append(once(call))
+            for _ in range(self._iterations if self._on_cuda else 0):
+                prepare()
+                host_us.append(self._host_us(call))
+            host_us = host_us or times_us
         finally:
             gc.enable()
         settle(self._member)

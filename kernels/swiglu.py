@@ -11,11 +11,11 @@ but for exp and the reciprocal.
 
 import triton
 import triton.language as tl
+from qcomm_kernels_fp8_bits import INFINITY_BITS, as_float, bits_of, e4m3, fp8_scale
 from triton.language.extra import libdevice
 
 BLOCKS = tl.constexpr(4)
 WORDS = tl.constexpr(16)
-INFINITY_BITS = tl.constexpr(0x7F800000)
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
@@ -60,25 +60,15 @@ def _per_block(x, BLOCK_GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _amax_bits(low, high):
     """Return the bits of the larger magnitude; as integers they order like the values, with NaN above infinity."""
-    return _bits(tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL))
+    return bits_of(tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def _unpack(word):
     """Return the two values of a word of bfloat16."""
-    return _float(word << 16), _float(word & -0x10000)
+    return as_float(word << 16), as_float(word & -0x10000)
 
 
 @triton.jit
@@ -101,8 +91,8 @@ def _mxfp4(word, low, high, addend):
     # bfloat16 magnitudes end below the scale byte 254, so that only the lower bound needs a clamp, which serves
     # zeros too, and the factor is a normal number.
     sf = tl.maximum(((amax + addend) >> 23) - 2, 0)
-    factor = _float((254 - sf) << 23)[:, None]
-    codes = (_bits(_code(high, factor)) << 4) + _bits(_code(low, factor))
+    factor = as_float((254 - sf) << 23)[:, None]
+    codes = (bits_of(_code(high, factor)) << 4) + bits_of(_code(low, factor))
     # Signs from bits 15 and 31 to bits 3 and 7.
     signs = tl.umulhi((word & -0x7FFF8000).to(tl.uint32, bitcast=True), tl.full([1], 0x00100100, tl.uint32))
     qdata = (codes + signs.to(tl.int32, bitcast=True)).to(tl.uint8)
@@ -110,23 +100,11 @@ def _mxfp4(word, low, high, addend):
 
 
 @triton.jit
-def _e4m3(x, NATIVE: tl.constexpr):
-    """Round to E4M3 codes, nearest even, |x| <= 448 or NaN; Triton's interpreter needs the long way."""
-    if NATIVE:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    bits = _bits(tl.abs(x))
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    subnormal = _bits(tl.abs(x) + 16384.0) - 0x46800000
-    code = tl.where(bits < (121 << 23), subnormal, normal)
-    return tl.where(bits > INFINITY_BITS, 0x7F, code | ((_bits(x) >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
 def _bf16(x, NATIVE: tl.constexpr):
     """Round to bfloat16, nearest even, as int16; NaN becomes 0x7FFF."""
     if NATIVE:
         return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    bits = _bits(x)
+    bits = bits_of(x)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > INFINITY_BITS, 0x7FFF, rounded).to(tl.int16)
 
@@ -188,13 +166,11 @@ def swiglu_forward(
         low *= weight
         high *= weight
     amax = tl.max(tl.reshape(tl.max(_amax_bits(low, high), axis=1), [BLOCK_GROUPS, BLOCKS]), axis=1)
-    # The smallest power of two with amax / scale <= 448 = 1.75 * 2^8; a factor NaN makes every code NaN.
-    biased = tl.where(amax < INFINITY_BITS, tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 1), 1)
-    factor = _float(tl.where(amax < INFINITY_BITS, (254 - biased) << 23, 0x7FFFFFFF))
+    scale, factor = fp8_scale(amax)
     factor = _per_block(factor, BLOCK_GROUPS)[:, None]
-    data = _e4m3(_pairs(low * factor, high * factor, BLOCK_GROUPS), NATIVE)
+    data = e4m3(_pairs(low * factor, high * factor, BLOCK_GROUPS), NATIVE)
     tl.store(h + _columns(block), data, mask=exists[:, None])
-    tl.store(h_sf + group, _float(biased << 23), mask=group_exists)
+    tl.store(h_sf + group, scale, mask=group_exists)
 
 
 @triton.jit
@@ -204,14 +180,14 @@ def _decode(byte, scale):
     # the value times 2^-126; two products, because 2^126 times the scale overflows.
     low = ((byte & 0x0F) * 0x10400000) & -0x7E400000
     high = ((byte >> 4) * 0x10400000) & -0x7E400000
-    return _float(low) * 8.507059173023462e37 * scale, _float(high) * 8.507059173023462e37 * scale
+    return as_float(low) * 8.507059173023462e37 * scale, as_float(high) * 8.507059173023462e37 * scale
 
 
 @triton.jit
 def _scale(sf):
     """Return the value of scale bytes: 2^-127 is subnormal, 255 is NaN."""
     bits = tl.where(sf == 0, 0x00400000, sf << 23)
-    return _float(tl.where(sf == 255, 0x7FFFFFFF, bits))[:, None]
+    return as_float(tl.where(sf == 255, 0x7FFFFFFF, bits))[:, None]
 
 
 @triton.jit

@@ -124,7 +124,7 @@ class Buffer:
         self._choice: Choice = choose(self._config, self._member, self._nodes.topology)
         self._owner = Owner(next(_buffer_numbers), 0)
         if comm_stream is None and self._member.device.type == "cuda":
-            comm_stream = torch.cuda.Stream(self._member.device)
+            comm_stream = torch.cuda.Stream(self._member.device, priority=-1)
         self._comm_stream = comm_stream
         self._transport = create(
             self._choice, self._config, self._member, self._owner, comm_stream, num_sms, self._nodes.topology

@@ -169,14 +169,14 @@ def test_loss() -> None:
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = resources.find("benchmarks") / "results" / "decode-h200-x2.jsonl"
+    path = resources.find("benchmarks") / "results" / "decode-h100-x4.jsonl"
     lines = plot_exchange.read(path, "decode")
     assert {line["geometry"]["tokens"] for line in lines} == {1, 8, 32, 128}
     for name in ("one.svg", "two.svg"):
         plot_exchange.draw(lines, tmp_path / name)
     text = (tmp_path / "one.svg").read_text()
     assert text == (tmp_path / "two.svg").read_text()
-    for label in ("dispatch mxfp4 batched", "combine bf16 batched", "nccl bf16", "2 x NVIDIA H200", "128"):
+    for label in ("dispatch mxfp4 batched", "combine bf16 batched", "nccl bf16", "4 x NVIDIA H100 80GB HBM3", "128"):
         assert label in text
 
 

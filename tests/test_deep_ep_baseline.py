@@ -226,7 +226,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_its_rows_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = resources.find("benchmarks") / "results" / "dispatch-h200-x2.jsonl"
+    path = resources.find("benchmarks") / "results" / "dispatch-h100-x4.jsonl"
     lines = [*plot_exchange.read(path, "dispatch")]
     lines.append({**lines[0], "call": "deep_ep", "wire": "mxfp4 bytes"})
     plot_exchange.draw(lines, tmp_path / "plot.svg")

@@ -30,7 +30,7 @@ import calibration
 import workload
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MEASURED = [RESULTS / f"{name}-h200-x2.jsonl" for name in ("dispatch", "combine", "decode")]
+MEASURED = [RESULTS / f"{name}-h100-x4.jsonl" for name in ("dispatch", "combine", "decode")]
 TOPOLOGIES = [(1, 1), (1, 4), (4, 1), (2, 2), (3, 2), (2, 4), (4, 3)]
 Hop = tuple[str, int, int]
 
@@ -303,7 +303,7 @@ def test_the_rates_that_ship_are_those_of_the_results() -> None:
     measured, _ = calibration.calibrate(MEASURED)
     shipped = json.loads(scaling.CALIBRATION.read_text())
     assert shipped["measured"] == measured, (
-        "run python -m qcomm simulate --calibrate benchmarks/results/{dispatch,combine,decode}-h200-x2.jsonl "
+        "run python -m qcomm simulate --calibrate benchmarks/results/{dispatch,combine,decode}-h100-x4.jsonl "
         "--update qcomm/scaling.json"
     )
     assert set(shipped["assumed"]) == {"rdma_gbs", "nvlink_hop_us", "rdma_hop_us"}

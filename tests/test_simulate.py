@@ -23,7 +23,7 @@ sys.path.insert(0, str(resources.find("benchmarks")))
 import simulate
 
 RESULTS = REPO / "benchmarks" / "results"
-MEASURED = [str(RESULTS / f"{name}-h200-x2.jsonl") for name in ("dispatch", "combine", "decode")]
+MEASURED = [str(RESULTS / f"{name}-h100-x4.jsonl") for name in ("dispatch", "combine", "decode")]
 TINY = ["--gpus", "2", "--tokens", "24", "--hidden", "128", "--experts", "8", "--topk", "2"]
 COMMITTED = [RESULTS / "scaling.jsonl", RESULTS / "scaling-skewed.jsonl"]
 

@@ -8,6 +8,7 @@ import resource
 import time
 
 import cases
+import pytest
 import torch
 from bit_patterns import equal_bits
 from cases import FP8, MXFP4, Case
@@ -64,6 +65,7 @@ def _soak(rank: int, num_ranks: int, device: str, backend: str, seconds: float) 
 
 
 @targets(2)
+@pytest.mark.timeout(300 + float(os.environ.get(SECONDS, 0)))
 def test_soak(target: Target) -> None:
     seconds = float(os.environ.get(SECONDS, 5 if target.pool.device == "cuda" else 1))
     for rounds, process, device in target.pool.run_for(

@@ -36,7 +36,7 @@ from codec_cases import (
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, ScaleRule, quantize_mxfp4, reference
 from qcomm import reference_swiglu as oracle
 from qcomm.formats import E4M3_NAN, FP8_MIN_SCALE_EXPONENT, MAXIMUM_RULES, ScaleLayout
-from qcomm.ops import swiglu
+from qcomm.ops import swiglu, triton_kernels
 from qcomm.ops.swiglu import Tile, swiglu_backward, swiglu_forward
 
 REPO = Path(__file__).resolve().parents[1]
@@ -522,8 +522,12 @@ def test_forward_out_that_does_not_fit(part: str) -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(QcommUnsupportedError, match="SwiGLU on a GPU needs Triton"):
-        swiglu.kernels.__wrapped__()
+    for name in ("swiglu", "quantize_fp8"):
+        triton_kernels.load.cache_clear()
+        triton_kernels._execute.cache_clear()
+        with pytest.raises(QcommUnsupportedError, match=f"kernels/{name}.py needs Triton"):
+            triton_kernels.load(name)
+    assert not any(name.startswith("qcomm_kernels") for name in sys.modules)
 
 
 @pytest.mark.parametrize("per_warp", [swiglu.WEIGHTED_GROUPS_PER_WARP, swiglu.BACKWARD_GROUPS_PER_WARP])

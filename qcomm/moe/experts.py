@@ -208,7 +208,7 @@ def _swiglu(keep: Keep, gate_up: Rows | MXFP4Tensor, weights: torch.Tensor | Non
 
 def _transposed(keep: Keep, w: torch.Tensor) -> Any:
     """Return the weights of a gradient of rows; FP8 codes are made anew, not kept."""
-    return w.transpose(1, 2) if keep == "bf16" else quantize_weights(w).transposed()
+    return w.transpose(1, 2) if keep == "bf16" else quantize_weights(w, transposed=True)
 
 
 def _parts(x: Rows | MXFP4Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

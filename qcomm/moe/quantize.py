@@ -1,4 +1,7 @@
-"""BF16 to E4M3 under the scales that FP8 products take: 1x128 for rows, 128x128 for weights. Plain PyTorch."""
+"""BF16 to E4M3 under the scales that FP8 products take: 1x128 for rows, 128x128 for weights.
+
+CUDA tensors run a kernel, others plain PyTorch, with the same bits.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 
 from qcomm import validate
 from qcomm.formats import E4M3_MAX, E4M3_MAX_EXPONENT, E4M3_NAN, FP8_GROUP_SIZE, FP8_MIN_SCALE_EXPONENT
+from qcomm.ops import codec
+from qcomm.ops.quantize_fp8 import launch_blocks, launch_rows
 from qcomm.tensors import FP8Tensor
 
 _FLOAT32_BIAS = 127
@@ -54,12 +59,18 @@ def quantize_rows(x: torch.Tensor) -> FP8Tensor:
     Args:
         x: `[rows, K]` bfloat16, K a multiple of 128.
     """
+    if x.device.type == "cuda":
+        data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        sf = torch.empty(x.shape[0], x.shape[1] // FP8_GROUP_SIZE, device=x.device)
+        with torch.cuda.device(x.device):
+            launch_rows(codec.flat(x), data.view(torch.uint8), sf)
+        return FP8Tensor(data, sf)
     tiles = x.to(torch.float32).unflatten(-1, (-1, FP8_GROUP_SIZE))
     data, sf = _quantize_tiles(tiles, (-1,))
     return FP8Tensor(data.flatten(-2), sf.squeeze(-1))
 
 
-def quantize_weights(w: torch.Tensor) -> FP8BlockTensor:
+def quantize_weights(w: torch.Tensor, *, transposed: bool = False) -> FP8BlockTensor:
     """Quantize experts' weights with 128x128 scales, each the smallest power of two with amax / scale <= 448.
 
     Nearest even. A tile that holds a NaN or an Inf decodes to NaN throughout; it and an all-zero tile get the scale
@@ -67,6 +78,7 @@ def quantize_weights(w: torch.Tensor) -> FP8BlockTensor:
 
     Args:
         w: `[num_experts, N, K]` bfloat16 or float32, N and K multiples of 128.
+        transposed: return the transposes, `[num_experts, K, N]`: a tile's scale is that of its transpose.
 
     Raises:
         ValueError: another shape.
@@ -76,6 +88,13 @@ def quantize_weights(w: torch.Tensor) -> FP8BlockTensor:
     for axis in (1, 2):
         validate.multiple(f"w.shape[{axis}]", w.shape[axis], FP8_GROUP_SIZE)
     count, height, width = w.shape
+    if w.device.type == "cuda" and w.dtype == torch.bfloat16:
+        shape = (count, width, height) if transposed else (count, height, width)
+        data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=w.device)
+        sf = torch.empty(count, shape[1] // FP8_GROUP_SIZE, shape[2] // FP8_GROUP_SIZE, device=w.device)
+        with torch.cuda.device(w.device):
+            launch_blocks(codec.flat(w), data.view(torch.uint8), sf, transposed=transposed)
+        return FP8BlockTensor(data, sf)
     data = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     sf = torch.empty(count, height // FP8_GROUP_SIZE, width // FP8_GROUP_SIZE, device=w.device)
     for expert in range(count):
@@ -83,7 +102,8 @@ def quantize_weights(w: torch.Tensor) -> FP8BlockTensor:
         codes, scales = _quantize_tiles(tiles, (1, 3))
         data[expert].view(torch.uint8).copy_(codes.view(torch.uint8).flatten(2).flatten(0, 1))
         sf[expert] = scales[:, 0, :, 0]
-    return FP8BlockTensor(data, sf)
+    made = FP8BlockTensor(data, sf)
+    return made.transposed() if transposed else made
 
 
 def dequantize_weights(w: FP8BlockTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 from types import ModuleType
 
 import torch
 
-from qcomm import reference_swiglu, resources, validate
-from qcomm.errors import QcommUnsupportedError
+from qcomm import reference_swiglu, validate
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, MAXIMUM_RULES, ScaleRule
 from qcomm.ops import codec
+from qcomm.ops.triton_kernels import load
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 
 MAX_GROUPS = 2**30
@@ -180,24 +178,9 @@ def _detach(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.detach()
 
 
-@functools.cache
 def kernels() -> ModuleType:
-    """Load kernels/swiglu.py, and Triton with it.
-
-    Raises:
-        QcommUnsupportedError: Triton is not installed.
-    """
-    spec = importlib.util.spec_from_file_location("qcomm_kernels_swiglu", resources.find("kernels") / "swiglu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise QcommUnsupportedError(
-            f"SwiGLU on a GPU needs Triton (qcomm's extra `cuda`): {error}", phase="swiglu.load"
-        ) from error
-    return module
+    """Load kernels/swiglu.py, and Triton with it; raises as `load`."""
+    return load("swiglu")
 
 
 def launch_forward(
