@@ -82,7 +82,9 @@ def main() -> int:
     rates = dataclasses.replace(rates, **changed)
     lines: list[Line] = []
     try:
+        validate.positive("gpus", given.gpus)
         for num_nodes in given.nodes:
+            validate.positive("num_nodes", num_nodes)
             lines += simulate(given, Topology(num_nodes * given.gpus, given.gpus), rates)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")

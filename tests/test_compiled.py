@@ -288,6 +288,8 @@ def test_nvlinks_handle_is_joined_without_a_copy(layout: Any) -> None:
         _member=SimpleNamespace(num_ranks=2, device=torch.device("cpu")),
         _layout=SimpleNamespace(num_local_experts=3),
         _owner=Owner(3, 1),
+        _forward_nodes=0,
+        _forward_shapes=dict,
     )
     handle, *_ = NvlinkTransport._draft(transport, torch.zeros(5, 4, dtype=torch.int64), None, options)
     shapes = shapes_of(layout, facts_of(handle), [2, 3, 4, 32], 5)
