@@ -107,15 +107,12 @@ class Bench:
 
 
 def pairs(base: Tuning) -> list[Tuning]:
-    """List what to try of records in flight and flags raised together: first `base`, then few in flight before many.
-
-    Flags of half the records in flight at most, so that copies go on while flags are raised.
-    """
+    """List what to try of records in flight and flags raised together: first `base`, then few in flight before many."""
     tried = [
         dataclasses.replace(base, in_flight=in_flight, flags_together=together)
         for in_flight in _IN_FLIGHT
         for together in _FLAGS_TOGETHER
-        if 2 * together <= in_flight
+        if together <= in_flight
     ]
     return list(dict.fromkeys((base, *tried)))
 

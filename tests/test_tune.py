@@ -63,7 +63,7 @@ def test_pairs() -> None:
     found = [(each.in_flight, each.flags_together) for each in tune.pairs(BASE)]
     assert found[0] == (8, 4)
     assert found[1:] == sorted(found[1:])
-    assert set(found) == {(2, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4)}
+    assert set(found) == {(2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4)}
     assert len(set(found)) == len(found)
     odd = dataclasses.replace(BASE, in_flight=3, flags_together=3)
     assert tune.pairs(odd)[0] == odd
@@ -164,7 +164,7 @@ def test_its_course(tmp_path: Path) -> None:
         assert len(line["rank_p50_us"]) == 2
     for row, calls in zip(rows, (["static", "replay"], ["combine"]), strict=True):
         ours = [line for line in found if line["op"] == row.op]
-        assert [line["call"] for line in ours if line["sweep"] == "senders"] == 9 * calls
+        assert [line["call"] for line in ours if line["sweep"] == "senders"] == 11 * calls
         assert [line["call"] for line in ours if line["sweep"] == "SMs"] == 4 * calls
         decode = [line for line in ours if line["sweep"] == "decode"]
         assert [(line["tokens"], line["decode_tokens"]) for line in decode] == [(4, 4), (4, 0), (8, 8), (8, 0)]
@@ -173,7 +173,7 @@ def test_its_course(tmp_path: Path) -> None:
         assert best["SMs"]["num_sms"] == row.tuning.num_sms
         assert row.tuning.decode_tokens in (0, 4, 8)
     printed = done.stdout.splitlines()
-    assert sum(line.startswith("senders ") for line in printed) == 2 * 9
+    assert sum(line.startswith("senders ") for line in printed) == 2 * 11
     assert sum(line.startswith("dispatch ") for line in printed) == 1
 
 
@@ -196,7 +196,7 @@ def test_a_wrong_result_ends_the_run(tmp_path: Path) -> None:
     done = start(sys.executable, "-c", STAND_IN + WRONG + RUN, *arguments)
     assert done.returncode == 1
     assert "p50" not in done.stdout
-    assert "rank 0: combine of combine, wire fp8, 24 tokens, Tuning(in_flight=8" in done.stderr
+    assert "rank 0: combine of combine, wire fp8, 24 tokens, Tuning(in_flight=2" in done.stderr
     assert not table.exists()
 
 
