@@ -54,8 +54,7 @@ def need_headers() -> nvshmem_build.Build:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("forwarding", [True, False], ids=["throughput", "decode"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "forwarding"), zip(SHAPES, (True, False), strict=True), ids=["throughput", "decode"])
 def test_kernels_compile(shape: tuple[int, int], forwarding: bool) -> None:
     need_headers()
     todo = specs(*shape, forwarding=forwarding)
