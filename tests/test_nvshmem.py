@@ -54,7 +54,9 @@ def need_headers() -> nvshmem_build.Build:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("shape", "forwarding"), zip(SHAPES, (True, False), strict=True), ids=["throughput", "decode"])
+@pytest.mark.parametrize(
+    ("shape", "forwarding"), list(zip(SHAPES, (True, False), strict=True)), ids=["throughput", "decode"]
+)
 def test_kernels_compile(shape: tuple[int, int], forwarding: bool) -> None:
     need_headers()
     todo = specs(*shape, forwarding=forwarding)
