@@ -37,11 +37,13 @@ def specs(hidden: int, num_topk: int, *, forwarding: bool) -> list[KernelSpec]:
             forward.dispatch_forward_spec(WireFormat(k), hidden, num_topk, defaults["dispatch"]) for k in WIRE_KINDS
         ]
         found += [forward.combine_forward_spec(wire, hidden, num_topk) for wire in WIRES]
-    # One of a wire and name: to NVSHMEM they are alike. The receivers differ from nvlink's by a stride alone.
-    seen: dict[tuple[str, object], KernelSpec] = {}
+    # One of a name, of MXFP4: to NVSHMEM wires and inputs are alike, and nvlink's kernels are compiled for all.
+    # The receivers differ from nvlink's by a stride alone.
+    seen: dict[str, KernelSpec] = {}
+    mxfp4 = WIRE_KINDS.index("mxfp4")
     for spec in found:
-        if not spec.name.startswith("dispatch_recv_"):
-            seen.setdefault((spec.name, dict(spec.constants).get("WIRE")), spec)
+        if not spec.name.startswith("dispatch_recv_") and dict(spec.constants).get("WIRE", mxfp4) == mxfp4:
+            seen.setdefault(spec.name, spec)
     made = [s.with_constants(node_constants(s, TWO_BY_TWO, forwards=forwarding, debug=True)) for s in seen.values()]
     return list(dict.fromkeys(made))
 

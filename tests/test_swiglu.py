@@ -522,6 +522,8 @@ def test_forward_out_that_does_not_fit(part: str) -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
+    for loaded in [name for name in sys.modules if name.startswith("qcomm_kernels")]:
+        monkeypatch.delitem(sys.modules, loaded)
     for name in ("swiglu", "quantize_fp8"):
         triton_kernels.load.cache_clear()
         triton_kernels._execute.cache_clear()
