@@ -11,6 +11,10 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 
+# Its functions take the default group of the moment it is imported as theirs, for good. Were that ours, gloo's threads
+# would outlive the group, and one that lets a tensor go while the interpreter ends would abort the process.
+import torch.distributed.nn.functional
+
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +76,27 @@ def test_one_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launch == bootstrap.Launch("torchrun", 0, 1, 0, 1, torch.device("cpu"))
 
 
+def _threads() -> int:
+    """Count the threads of gloo."""
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
 @pytest.mark.usefixtures("no_launcher")
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
 def test_a_buffer_that_ended_keeps_no_thread_of_its_group() -> None:
     """A thread of gloo that lets a tensor go while the interpreter ends would abort the process."""
     buffers = []
-    counts = []
+    counts = [_threads()]
     for end in ("destroy", "destroy", "abandon"):
         with bootstrap.process_group(use_cuda=False):
             shape: dict[str, Any] = {"num_experts": 2, "num_topk": 1, "hidden": 128, "num_max_tokens_per_rank": 4}
             buffers.append(Buffer(**shape, device="cpu"))
             buffers[-1].dispatch(torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64))
+            # torch imports parts of itself late, and some keep the default group that there is then.
+            importlib.import_module("torch._dynamo")
             getattr(buffers[-1], end)()
-        counts.append(len(list(Path("/proc/self/task").iterdir())))
-    assert counts[2] == counts[1] == counts[0]
+        counts.append(_threads())
+    assert len(set(counts)) == 1, counts
     with pytest.raises(QcommError, match="destroyed"):
         _ = buffers[0].group
