@@ -6,15 +6,13 @@ The kernels run on a GPU, and without one in Triton's interpreter, in a process 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bit_patterns import all_bf16, equal_bits
 from codec_cases import gpu_only, wild
+from interpreted import outcomes as interpreted_outcomes
 from moe_truth import quantize_weights as oracle_of_weights
 
 from qcomm import reference
@@ -22,7 +20,6 @@ from qcomm.moe.quantize import quantize_rows, quantize_weights
 from qcomm.ops.quantize_fp8 import launch_blocks, launch_rows
 from qcomm.ops.triton_kernels import load
 
-REPO = Path(__file__).resolve().parents[1]
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -47,6 +44,11 @@ def run_kernel(call: Call, *, native: bool) -> Result:
     else:
         launch_rows(x, data, sf, native=native, block_groups=16 if native else 64)
     return data, sf
+
+
+def run_interpreted(call: Call) -> Result:
+    """Launch the kernel in Triton's interpreter."""
+    return run_kernel(call, native=False)
 
 
 def _calls() -> dict[str, Call]:
@@ -84,22 +86,7 @@ def _check(got: Result, call: Call) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    pytest.importorskip("triton", reason="Triton, whose wheels exist for Linux only, is not installed")
-    folder = tmp_path_factory.mktemp("quantize_fp8")
-    torch.save(CALLS, folder / "calls.pt")
-    command = [sys.executable, str(REPO / "tests/programs/quantize_fp8_interpreted.py")]
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [*command, str(folder / "calls.pt"), str(folder / "results.pt")],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Result] = torch.load(folder / "results.pt", weights_only=False)
-    return results
+    return interpreted_outcomes("test_quantize_fp8", CALLS, tmp_path_factory.mktemp("quantize_fp8"))
 
 
 @pytest.mark.parametrize("name", CALLS)

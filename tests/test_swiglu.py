@@ -6,7 +6,6 @@ The kernels run on a GPU, and without one in Triton's interpreter, in a process 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from codec_cases import (
     wild,
     wild_mxfp4,
 )
+from interpreted import outcomes as interpreted_outcomes
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, ScaleRule, quantize_mxfp4, reference
 from qcomm import reference_swiglu as oracle
@@ -110,6 +110,11 @@ def interpreted_tile(call: Call) -> Tile:
     """Few programs, because each costs the interpreter tens of milliseconds, the last of them mostly not full."""
     num_groups = call.x.numel() // (256 if call.saved is None else 128)
     return Tile(min(MAX_INTERPRETED_GROUPS, 1 << max(0, num_groups.bit_length() - 1)), 1)
+
+
+def run_interpreted(call: Call) -> Outcome:
+    """Launch the kernels in Triton's interpreter."""
+    return run_kernels(call, interpreted_tile(call))
 
 
 def _weights(rows: int, seed: int) -> torch.Tensor:
@@ -209,22 +214,7 @@ CALLS = calls()
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    pytest.importorskip("triton", reason="Triton, whose wheels exist for Linux only, is not installed")
-    folder = tmp_path_factory.mktemp("swiglu")
-    torch.save(CALLS, folder / "calls.pt")
-    command = [sys.executable, str(REPO / "tests/programs/swiglu_interpreted.py")]
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [*command, str(folder / "calls.pt"), str(folder / "results.pt")],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Outcome] = torch.load(folder / "results.pt", weights_only=False)
-    return results
+    return interpreted_outcomes("test_swiglu", CALLS, tmp_path_factory.mktemp("swiglu"))
 
 
 def _order(x: torch.Tensor) -> torch.Tensor:
