@@ -143,7 +143,7 @@ def swiglu_forward(
     BLOCK_GROUPS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Write h in FP8 and x in MXFP4."""
+    """Write h in FP8 and x in MXFP4; without h_sf h in bfloat16, without qdata no x."""
     group, row, group_exists = _groups(num_groups, GROUPS_PER_ROW, BLOCK_GROUPS)
     block, gate_block, up_block, exists = _blocks(num_groups, GROUPS_PER_ROW, BLOCK_GROUPS)
 
@@ -152,12 +152,13 @@ def swiglu_forward(
     gate_low, gate_high = _unpack(gate)
     up_low, up_high = _unpack(up)
 
-    codes, scales = _mxfp4(gate, gate_low, gate_high, addend)
-    tl.store(qdata + _words(gate_block), codes, mask=exists[:, None])
-    tl.store(sf + gate_block, scales, mask=exists)
-    codes, scales = _mxfp4(up, up_low, up_high, addend)
-    tl.store(qdata + _words(up_block), codes, mask=exists[:, None])
-    tl.store(sf + up_block, scales, mask=exists)
+    if qdata is not None:
+        codes, scales = _mxfp4(gate, gate_low, gate_high, addend)
+        tl.store(qdata + _words(gate_block), codes, mask=exists[:, None])
+        tl.store(sf + gate_block, scales, mask=exists)
+        codes, scales = _mxfp4(up, up_low, up_high, addend)
+        tl.store(qdata + _words(up_block), codes, mask=exists[:, None])
+        tl.store(sf + up_block, scales, mask=exists)
 
     low = _over_exp(gate_low, gate_low, NATIVE) * up_low
     high = _over_exp(gate_high, gate_high, NATIVE) * up_high
@@ -165,12 +166,15 @@ def swiglu_forward(
         weight = _per_block(tl.load(weights + row, mask=group_exists, other=0.0), BLOCK_GROUPS)[:, None]
         low *= weight
         high *= weight
-    amax = tl.max(tl.reshape(tl.max(_amax_bits(low, high), axis=1), [BLOCK_GROUPS, BLOCKS]), axis=1)
-    scale, factor = fp8_scale(amax)
-    factor = _per_block(factor, BLOCK_GROUPS)[:, None]
-    data = e4m3(_pairs(low * factor, high * factor, BLOCK_GROUPS), NATIVE)
-    tl.store(h + _columns(block), data, mask=exists[:, None])
-    tl.store(h_sf + group, scale, mask=group_exists)
+    if h_sf is None:
+        tl.store(h + _columns(block), _bf16(_pairs(low, high, BLOCK_GROUPS), NATIVE), mask=exists[:, None])
+    else:
+        amax = tl.max(tl.reshape(tl.max(_amax_bits(low, high), axis=1), [BLOCK_GROUPS, BLOCKS]), axis=1)
+        scale, factor = fp8_scale(amax)
+        factor = _per_block(factor, BLOCK_GROUPS)[:, None]
+        data = e4m3(_pairs(low * factor, high * factor, BLOCK_GROUPS), NATIVE)
+        tl.store(h + _columns(block), data, mask=exists[:, None])
+        tl.store(h_sf + group, scale, mask=group_exists)
 
 
 @triton.jit
@@ -191,10 +195,13 @@ def _scale(sf):
 
 
 @triton.jit
-def _load_mxfp4(qdata, sf, block, exists):
-    codes = tl.load(qdata + _words(block), mask=exists[:, None], other=0).to(tl.int32)
+def _load(saved, sf, block, exists):
+    """Return what was saved in MXFP4; without scales, in bfloat16."""
+    words = tl.load(saved + _words(block), mask=exists[:, None], other=0).to(tl.int32)
+    if sf is None:
+        return _unpack(words)
     scales = tl.load(sf + block, mask=exists, other=0).to(tl.int32)
-    return _decode(codes, _scale(scales))
+    return _decode(words, _scale(scales))
 
 
 @triton.jit
@@ -209,7 +216,7 @@ def _gradients(grad, gate, up, NATIVE: tl.constexpr):
 @triton.jit(do_not_specialize=["num_groups"], do_not_specialize_on_alignment=["weights"])
 def swiglu_backward(
     grad_h,
-    qdata,
+    saved,
     sf,
     weights,
     grad_x,
@@ -223,8 +230,8 @@ def swiglu_backward(
     block, gate_block, up_block, exists = _blocks(num_groups, GROUPS_PER_ROW, BLOCK_GROUPS)
 
     grad = tl.load(grad_h + _words(block), mask=exists[:, None], other=0)
-    gate_low, gate_high = _load_mxfp4(qdata, sf, gate_block, exists)
-    up_low, up_high = _load_mxfp4(qdata, sf, up_block, exists)
+    gate_low, gate_high = _load(saved, sf, gate_block, exists)
+    up_low, up_high = _load(saved, sf, up_block, exists)
     grad_low, grad_high = _unpack(grad)
 
     gate_low, up_low, product_low = _gradients(grad_low, gate_low, up_low, NATIVE)

@@ -41,10 +41,11 @@ def signed64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def instance(name: str, value: object, kind: type) -> None:
-    """Require an instance of a class."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+def instance(name: str, value: object, *kinds: type) -> None:
+    """Require an instance of one of the classes."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be a {wanted}, got {type(value).__name__}")
 
 
 def boolean(name: str, value: object) -> None:

@@ -117,7 +117,7 @@ def run_interpreted(call: Call) -> Outcome:
     return run_kernels(call, interpreted_tile(call))
 
 
-def _weights(rows: int, seed: int) -> torch.Tensor:
+def some_weights(rows: int, seed: int) -> torch.Tensor:
     weights = torch.randn(rows, generator=torch.Generator().manual_seed(seed))
     special = torch.tensor([0.0, -0.0, 1.0, 1e-30, 3e38, torch.nan, torch.inf])
     weights[1::5] = special.repeat(-(-rows // len(special)))[: len(weights[1::5])]
@@ -190,15 +190,15 @@ def calls() -> dict[str, Call]:
         made[f"values under maxima, {rule.name}"] = Call(_rows_of_blocks(values[::every]), scale_rule=rule)
     made["patterns in order"] = Call(all_bf16().view(-1, 1024))
     made["every gate"] = Call(_every_gate())
-    made["every code"] = Call(wild((1024, 128), torch.bfloat16, 1), _every_code(), _weights(1024, 1))
+    made["every code"] = Call(wild((1024, 128), torch.bfloat16, 1), _every_code(), some_weights(1024, 1))
     products = _every_product()
     made["every product"] = Call(products, exact=True)
     weights = torch.randn(len(products), generator=torch.Generator().manual_seed(2))
     made["every product, weights"] = Call(products, weights=weights, exact=True)
     made["far gates"] = Call(wild((96, 640), torch.bfloat16, 7), _far_gates(96, 640), exact=True)
-    made["far gates, weights"] = dataclasses.replace(made["far gates"], weights=_weights(96, 8))
+    made["far gates, weights"] = dataclasses.replace(made["far gates"], weights=some_weights(96, 8))
     for seed, (rows, columns) in enumerate(SHAPES):
-        size, both = f"{rows} x {columns}", (None, _weights(rows, seed))
+        size, both = f"{rows} x {columns}", (None, some_weights(rows, seed))
         x = torch.randn(rows, 2 * columns, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         grad = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1)).to(torch.bfloat16)
         made[f"forward {size}"] = Call(4 * x, weights=both[seed % 2])
@@ -217,7 +217,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return interpreted_outcomes("test_swiglu", CALLS, tmp_path_factory.mktemp("swiglu"))
 
 
-def _order(x: torch.Tensor) -> torch.Tensor:
+def order(x: torch.Tensor) -> torch.Tensor:
     """Numbers in the order of the values, neighbours apart by 1, both zeros 0, of E4M3 or BF16 values."""
     sign = 0x80 if x.element_size() == 1 else 0x8000
     bits = x.contiguous().view(torch.uint8 if sign == 0x80 else torch.int16).to(torch.int32) & (2 * sign - 1)
@@ -244,7 +244,7 @@ def _check_h(h: FP8Tensor, call: Call) -> None:
     scaled = torch.where(finite[..., None], groups / h.sf.double()[..., None], 0.0)
     codes = scaled.clamp(-448, 448).float().to(torch.float8_e4m3fn)
     found = torch.where(finite[..., None], h.data.view(torch.uint8).unflatten(1, (-1, 128)), 0)
-    distance = (_order(found) - _order(codes)).abs()
+    distance = (order(found) - order(codes)).abs()
     assert int(distance.max()) <= 1 if distance.numel() else True
     same_sign = (found & 0x80) == (codes.view(torch.uint8) & 0x80)
     assert (same_sign | (scaled == 0)).all()
@@ -264,7 +264,7 @@ def _check_gradients(found: tuple[torch.Tensor, torch.Tensor | None], call: Call
     is_nan = torch.isnan(want_x)
     assert torch.equal(torch.isnan(grad_x), is_nan)
     assert (grad_x.view(torch.int16)[is_nan] == 0x7FFF).all()
-    distance = (_order(grad_x) - _order(want_x)).abs().masked_fill(is_nan, 0)
+    distance = (order(grad_x) - order(want_x)).abs().masked_fill(is_nan, 0)
     assert int(distance.max()) <= 1 if distance.numel() else True
     assert int((distance > 0).sum()) <= 1e-3 * distance.numel()
     assert (grad_weights is None) == (want_weights is None)
@@ -312,7 +312,7 @@ def test_kernels(name: str) -> None:
 def test_without_out(device: str, rows: int) -> None:
     """What a call allocates is what `out=` gets."""
     x = wild((rows, 512), torch.bfloat16, 1).to(device)
-    weights = _weights(rows, 1).to(device)
+    weights = some_weights(rows, 1).to(device)
     h, saved = swiglu_forward(x, weights=weights, scale_rule=ScaleRule.RCEIL)
     want = Call(x, weights=weights, scale_rule=ScaleRule.RCEIL).run().forward
     assert want is not None
@@ -332,7 +332,7 @@ def test_without_out(device: str, rows: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inputs_of_any_strides(device: str) -> None:
-    forward = Call(wild((37, 512), torch.bfloat16, 3), weights=_weights(37, 3)).to(device)
+    forward = Call(wild((37, 512), torch.bfloat16, 3), weights=some_weights(37, 3)).to(device)
     backward = Call(wild((37, 256), torch.bfloat16, 4), wild_mxfp4(37, 512, 4), forward.weights).to(device)
     assert backward.saved is not None
     assert forward.weights is not None
@@ -455,7 +455,9 @@ def test_forward_argument_errors(x: Any, options: dict[str, Any], kind: type[Exc
     [
         (GRAD.float(), SAVED, {}, TypeError, r"grad_h must be torch\.bfloat16, got torch\.float32"),
         (GRAD[:, :64], SAVED, {}, ValueError, r"grad_h\.shape must be \(rows, a positive multiple of 128\), got"),
-        (GRAD, X, {}, TypeError, "saved must be a MXFP4Tensor, got Tensor"),
+        (GRAD, [X], {}, TypeError, "saved must be a MXFP4Tensor or Tensor, got list"),
+        (GRAD, X.float(), {}, TypeError, r"saved must be torch\.bfloat16, got torch\.float32"),
+        (GRAD, GRAD, {}, ValueError, r"saved\.shape must be \(2, 256\), got \(2, 128\)"),
         (X, SAVED, {}, ValueError, r"saved\.qdata\.shape must be \(2, 256\), got \(2, 128\)"),
         (GRAD, moved(SAVED, "meta"), {}, ValueError, r"saved\.qdata must be on cpu, got meta"),
         (
@@ -548,6 +550,7 @@ POINTERS = {
     "h": "*u8",
     "h_sf": "*fp32",
     "qdata": "*u8",
+    "saved": "*u8",
     "sf": "*u8",
     "partials": "*fp32",
 }
@@ -629,7 +632,7 @@ def test_on_another_stream_and_in_a_graph() -> None:
     """The graph is replayed on new values, behind work that is still running."""
     x, grad = wild((129, 1024), torch.bfloat16, 1).cuda(), wild((129, 512), torch.bfloat16, 2).cuda()
     new_x, new_grad = wild((129, 1024), torch.bfloat16, 3).cuda(), wild((129, 512), torch.bfloat16, 4).cuda()
-    weights = _weights(129, 5).cuda()
+    weights = some_weights(129, 5).cuda()
 
     def both() -> tuple[Outcome, Outcome]:
         forward = Outcome(swiglu_forward(x, weights=weights), None)

@@ -22,7 +22,7 @@ from qcomm.ops.dequantize import dequantize
 from qcomm.ops.fp8_transpose import fp8_transpose
 from qcomm.ops.mxfp4_to_fp8 import mxfp4_to_fp8
 from qcomm.ops.mxfp4_to_fp8_columnwise import mxfp4_to_fp8_columnwise
-from qcomm.ops.swiglu import swiglu_backward, swiglu_forward
+from qcomm.ops.swiglu import swiglu_backward, swiglu_bf16, swiglu_forward
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 
 Keep = Literal["mxfp4", "fp8", "bf16"]
@@ -126,7 +126,7 @@ class _SwigluExperts(torch.autograd.Function):
             x = call.rows
             assert isinstance(x, torch.Tensor)
             gate_up = grouped_mm(x, w1, groups)
-            h: Rows = reference.to_dtype(reference_swiglu.product(gate_up, weights), torch.bfloat16)
+            h: Rows = _swiglu(call.keep, gate_up, weights)
             y = grouped_mm(h, w2, groups)
             kept_gate_up: Rows | MXFP4Tensor = gate_up
         else:
@@ -164,10 +164,7 @@ class _SwigluExperts(torch.autograd.Function):
         d_gate_up, d_weights = None, None
         if needs_x or needs_weights or needs_w1:
             d_h = grouped_mm(d_y_rows, _transposed(keep, w2), groups)
-            if isinstance(gate_up, MXFP4Tensor):
-                d_gate_up, d_weights = swiglu_backward(d_h, gate_up, weights=weights)
-            else:
-                d_gate_up, d_weights = reference_swiglu.gradients(d_h, decode_rows(gate_up), weights)
+            d_gate_up, d_weights = _swiglu_gradients(d_h, gate_up, weights)
         d_x, d_w1 = None, None
         if d_gate_up is not None and (needs_x or needs_w1):
             d_rows = d_gate_up if keep == "bf16" else quantize_rows(d_gate_up)
@@ -199,11 +196,29 @@ def _columns(groups: Groups, rows: Rows | MXFP4Tensor) -> Columns:
 
 
 def _swiglu(keep: Keep, gate_up: Rows | MXFP4Tensor, weights: torch.Tensor | None) -> Rows:
-    """Compute SwiGLU's output anew, from what was kept of its input."""
+    """Compute SwiGLU's output, from its input or what was kept of that."""
     x = dequantize(gate_up) if isinstance(gate_up, MXFP4Tensor) else decode_rows(gate_up)
-    if keep == "bf16":
-        return reference.to_dtype(reference_swiglu.product(x, weights), torch.bfloat16)
-    return swiglu_forward(x, weights=weights)[0]
+    if keep != "bf16":
+        return swiglu_forward(x, weights=weights)[0]
+    if _has_groups(x.shape[1] // 2):
+        return swiglu_bf16(x, weights=weights)
+    return reference.to_dtype(reference_swiglu.product(x, weights), torch.bfloat16)
+
+
+def _swiglu_gradients(
+    d_h: torch.Tensor, gate_up: Rows | MXFP4Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute the gradients of SwiGLU's input and of the weights."""
+    if not isinstance(gate_up, MXFP4Tensor):
+        gate_up = decode_rows(gate_up)
+        if not _has_groups(d_h.shape[1]):
+            return reference_swiglu.gradients(d_h, gate_up, weights)
+    return swiglu_backward(d_h, gate_up, weights=weights)
+
+
+def _has_groups(width: int) -> bool:
+    """Tell whether SwiGLU's kernels take so many columns; in BF16 others come too, and go by plain PyTorch."""
+    return width % FP8_GROUP_SIZE == 0
 
 
 def _transposed(keep: Keep, w: torch.Tensor) -> Any:

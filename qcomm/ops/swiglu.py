@@ -1,4 +1,4 @@
-"""SwiGLU fused with its conversions: BF16 to FP8 and MXFP4 forward, from MXFP4 backward. Triton kernels."""
+"""SwiGLU fused with its conversions: BF16 to FP8 and MXFP4 forward, from MXFP4 backward; in BF16 too. By Triton."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from qcomm import reference_swiglu, validate
+from qcomm import reference, reference_swiglu, validate
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, MAXIMUM_RULES, ScaleRule
 from qcomm.ops import codec
 from qcomm.ops.triton_kernels import load
@@ -103,14 +103,34 @@ def swiglu_forward(
     return FP8Tensor(h, h_sf), MXFP4Tensor(qdata, sf)
 
 
+def swiglu_bf16(x: torch.Tensor, *, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """SwiGLU in BF16, without any conversion, by the kernel of `swiglu_forward`, whose notes hold here too.
+
+    Args:
+        x: `[rows, 2 * F]` bfloat16, gate then up, F a multiple of 128; copied first if it is not contiguous.
+        weights: `[rows]` float32.
+
+    Returns:
+        h, `[rows, F]` bfloat16: the oracle's or a neighbour.
+
+    Raises:
+        TypeError, ValueError, QcommUnsupportedError: as `swiglu_forward`.
+    """
+    _check_columns("x", x, 2)
+    _check_weights(weights, x.shape[0], x.device)
+    h = torch.empty(x.shape[0], x.shape[1] // 2, dtype=torch.bfloat16, device=x.device)
+    _swiglu_bf16(x.detach(), _detach(weights), h)
+    return h
+
+
 def swiglu_backward(
     grad_h: torch.Tensor,
-    saved: MXFP4Tensor,
+    saved: MXFP4Tensor | torch.Tensor,
     *,
     weights: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of SwiGLU at the input that was saved in MXFP4, in one pass on the current stream.
+    """Gradients of SwiGLU at the input that was saved in MXFP4 or BF16, in one pass on the current stream.
 
     gate and up are decoded exactly, the maths is float32. CPU tensors run the oracle. Not differentiable; no host
     synchronisation; compiles when `swiglu_forward` would. The same input gives the same bits, and those of a row do not
@@ -121,7 +141,8 @@ def swiglu_backward(
 
     Args:
         grad_h: `[rows, F]` bfloat16, F a multiple of 128; copied first if it is not contiguous.
-        saved: of shape `[rows, 2 * F]`, neither rotated nor prescaled; parts that are not contiguous are copied first.
+        saved: of shape `[rows, 2 * F]`; an MXFP4Tensor, neither rotated nor prescaled, or bfloat16. Parts that are not
+            contiguous are copied first.
         weights: `[rows]` float32, those of the forward pass.
         out: tensors to write, contiguous and on 16-byte boundaries; the second is None without weights.
 
@@ -130,18 +151,13 @@ def swiglu_backward(
         grad_h * silu(gate) * up over the row.
 
     Raises:
-        TypeError: a dtype of the wrong type, or `saved` is no MXFP4Tensor.
+        TypeError: a dtype of the wrong type, or `saved` is no tensor.
         ValueError: a shape or an `out` that does not fit, or a rotated or prescaled `saved`.
         QcommUnsupportedError: a CUDA tensor where Triton is not installed.
     """
     _check_columns("grad_h", grad_h, 1)
     rows, columns = grad_h.shape
-    validate.instance("saved", saved, MXFP4Tensor)
-    if not saved.is_plain:
-        raise ValueError(
-            f"saved must be neither rotated nor prescaled, got hadamard={saved.hadamard}, prescaled={saved.prescaled}"
-        )
-    codec.check_out("saved.qdata", saved.qdata, (rows, columns), torch.uint8, grad_h.device)
+    kept, kept_sf = _saved(saved, (rows, columns), grad_h.device)
     _check_weights(weights, rows, grad_h.device)
     if out is None:
         grad_x = torch.empty(rows, 2 * columns, dtype=torch.bfloat16, device=grad_h.device)
@@ -154,8 +170,25 @@ def swiglu_backward(
             raise ValueError(f"out[1] must be {want}, got {got}")
         if grad_weights is not None:
             codec.check_out("out[1]", grad_weights, (rows,), torch.float32, grad_h.device)
-    _swiglu_backward(grad_h.detach(), saved.qdata, saved.sf, _detach(weights), grad_x, grad_weights)
+    _swiglu_backward(grad_h.detach(), kept, kept_sf, _detach(weights), grad_x, grad_weights)
     return grad_x, grad_weights
+
+
+def _saved(
+    saved: MXFP4Tensor | torch.Tensor, shape: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check what was saved and take it apart; `shape` is that of h, and of the codes."""
+    validate.instance("saved", saved, MXFP4Tensor, torch.Tensor)
+    if isinstance(saved, torch.Tensor):
+        whole = (shape[0], 2 * shape[1])
+        validate.tensor("saved", saved, shape=whole, dtypes=(torch.bfloat16,), device=device, contiguous=False)
+        return saved.detach(), None
+    if not saved.is_plain:
+        raise ValueError(
+            f"saved must be neither rotated nor prescaled, got hadamard={saved.hadamard}, prescaled={saved.prescaled}"
+        )
+    codec.check_out("saved.qdata", saved.qdata, shape, torch.uint8, device)
+    return saved.qdata, saved.sf
 
 
 def _check_columns(name: str, x: torch.Tensor, halves: int) -> None:
@@ -187,15 +220,17 @@ def launch_forward(
     x: torch.Tensor,
     weights: torch.Tensor | None,
     h: torch.Tensor,
-    h_sf: torch.Tensor,
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
+    h_sf: torch.Tensor | None,
+    qdata: torch.Tensor | None,
+    sf: torch.Tensor | None,
     scale_rule: ScaleRule,
     *,
     native: bool = True,
     tile: Tile | None = None,
 ) -> None:
     """Launch the forward kernel on the current stream of the current device; all tensors are flat.
+
+    h is FP8 codes, or without `h_sf` bfloat16.
 
     With `native` by the GPU's own conversions and fast division, which Triton's interpreter does not have; `tile` is
     `pick_tile`'s unless given.
@@ -208,7 +243,7 @@ def launch_forward(
     kernels().swiglu_forward[(-(-num_groups // tile.groups),)](
         x.view(torch.int32),
         weights,
-        h,
+        h if h_sf is not None else h.view(torch.int16),
         h_sf,
         qdata,
         sf,
@@ -223,8 +258,8 @@ def launch_forward(
 
 def launch_backward(
     grad_h: torch.Tensor,
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
+    saved: torch.Tensor,
+    sf: torch.Tensor | None,
     weights: torch.Tensor | None,
     grad_x: torch.Tensor,
     grad_weights: torch.Tensor | None,
@@ -232,7 +267,10 @@ def launch_backward(
     native: bool = True,
     tile: Tile | None = None,
 ) -> None:
-    """Launch the backward kernel, and with weights the one that adds up its sums; as `launch_forward`."""
+    """Launch the backward kernel, and with weights the one that adds up its sums; as `launch_forward`.
+
+    `saved` is MXFP4 codes, or without `sf` bfloat16.
+    """
     rows, groups_per_row = grad_h.shape[0], grad_h.shape[1] // FP8_GROUP_SIZE
     num_groups = rows * groups_per_row
     if num_groups == 0:
@@ -243,7 +281,7 @@ def launch_backward(
         partials = torch.empty(rows, groups_per_row, dtype=torch.float32, device=grad_h.device)
     kernels().swiglu_backward[(-(-num_groups // tile.groups),)](
         grad_h.view(torch.int32),
-        qdata,
+        saved if sf is not None else saved.view(torch.int32),
         sf,
         weights,
         grad_x.view(torch.int16),
@@ -294,17 +332,30 @@ def _swiglu_forward(
 _swiglu_forward.register_fake(codec.only_writes)
 
 
+@torch.library.custom_op("qcomm::swiglu_bf16", mutates_args=("h",))
+def _swiglu_bf16(x: torch.Tensor, weights: torch.Tensor | None, h: torch.Tensor) -> None:
+    if x.device.type != "cuda":
+        h.copy_(reference.to_dtype(reference_swiglu.product(x, weights), torch.bfloat16))
+        return
+    with torch.cuda.device(x.device):
+        launch_forward(codec.flat(x), _contiguous(weights), h, None, None, None, ScaleRule.EVEN)
+
+
+_swiglu_bf16.register_fake(codec.only_writes)
+
+
 @torch.library.custom_op("qcomm::swiglu_backward", mutates_args=("grad_x", "grad_weights"))
 def _swiglu_backward(
     grad_h: torch.Tensor,
-    qdata: torch.Tensor,
-    sf: torch.Tensor,
+    saved: torch.Tensor,
+    sf: torch.Tensor | None,
     weights: torch.Tensor | None,
     grad_x: torch.Tensor,
     grad_weights: torch.Tensor | None,
 ) -> None:
     if grad_h.device.type != "cuda":
-        of_x, of_weights = reference_swiglu.swiglu_backward(grad_h, MXFP4Tensor(qdata, sf), weights)
+        x = saved if sf is None else reference.dequantize_mxfp4(MXFP4Tensor(saved, sf))
+        of_x, of_weights = reference_swiglu.gradients(grad_h, x, weights)
         grad_x.copy_(of_x)
         if grad_weights is not None and of_weights is not None:
             grad_weights.copy_(of_weights)
@@ -313,9 +364,8 @@ def _swiglu_backward(
     if grad_weights is not None:
         codec.check_flat("out[1]", grad_weights)
     with torch.cuda.device(grad_h.device):
-        launch_backward(
-            codec.flat(grad_h), codec.flat(qdata), codec.flat(sf), _contiguous(weights), grad_x, grad_weights
-        )
+        flat_sf = None if sf is None else codec.flat(sf)
+        launch_backward(codec.flat(grad_h), codec.flat(saved), flat_sf, _contiguous(weights), grad_x, grad_weights)
 
 
 _swiglu_backward.register_fake(codec.only_writes)
