@@ -199,9 +199,10 @@ def _load(saved, sf, block, exists):
     """Return what was saved in MXFP4; without scales, in bfloat16."""
     words = tl.load(saved + _words(block), mask=exists[:, None], other=0).to(tl.int32)
     if sf is None:
-        return _unpack(words)
-    scales = tl.load(sf + block, mask=exists, other=0).to(tl.int32)
-    return _decode(words, _scale(scales))
+        values = _unpack(words)
+    else:
+        values = _decode(words, _scale(tl.load(sf + block, mask=exists, other=0).to(tl.int32)))
+    return values
 
 
 @triton.jit

@@ -12,8 +12,9 @@ import pytest
 import torch
 from bit_patterns import all_bf16, equal_bits
 from codec_cases import gpu_only, wild
-from interpreted import outcomes as interpreted_outcomes
 from moe_truth import quantize_weights as oracle_of_weights
+from triton_cases import compile_for_hopper
+from triton_cases import outcomes as interpreted_outcomes
 
 from qcomm import reference
 from qcomm.moe.quantize import quantize_rows, quantize_weights
@@ -114,20 +115,14 @@ def test_functions(name: str) -> None:
 def test_compiled_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """16-byte accesses, the GPU's own conversion, nothing in local memory."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"NATIVE": True, "BLOCK_GROUPS": 16} if name == "quantize_rows" else {"NATIVE": True}
     if name != "quantize_rows":
         constants["TRANSPOSED"] = name.endswith("transposed")
     kernel = getattr(load("quantize_fp8"), name.split(",")[0])
     pointers = {"x": "*i16", "w": "*i16", "data": "*u8", "sf": "*fp32"}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in pointers}
-    source = ASTSource(kernel, signature, constants, aligned)
     warps = 4 if name == "quantize_rows" else 8
-    ptx: str = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+    ptx: str = compile_for_hopper(kernel, pointers, constants, warps).asm["ptx"]
     elements = 16 * 128 if name == "quantize_rows" else 128 * 128
     assert ptx.count("ld.global.v4.b32") == elements * 2 // (32 * warps * 16)
     assert ptx.count("st.global.v4.b32") == elements // (32 * warps * 16)

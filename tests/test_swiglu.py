@@ -31,7 +31,8 @@ from codec_cases import (
     wild,
     wild_mxfp4,
 )
-from interpreted import outcomes as interpreted_outcomes
+from triton_cases import compile_for_hopper
+from triton_cases import outcomes as interpreted_outcomes
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, ScaleRule, quantize_mxfp4, reference
 from qcomm import reference_swiglu as oracle
@@ -556,19 +557,6 @@ POINTERS = {
 }
 
 
-def _compile(kernel: Any, constants: dict[str, Any], num_warps: int) -> Any:
-    """Compile for a Hopper GPU, which need not be there, as a launch with aligned tensors does."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") and n != "weights"]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-
-
 @pytest.mark.parametrize(
     ("name", "with_weights", "groups_per_warp", "num_warps", "max_instructions", "max_shared_bytes"),
     [
@@ -599,7 +587,7 @@ def test_compiled_for_hopper(
     kernel = getattr(swiglu.kernels(), name)
     if not with_weights:
         constants |= {n: None for n in ("weights", "partials") if n in kernel.arg_names}
-    compiled = _compile(kernel, constants, num_warps)
+    compiled = compile_for_hopper(kernel, POINTERS, constants, num_warps)
     ptx: str = compiled.asm["ptx"]
     # A warp's groups are 256 bytes each of gate, of up and of the gradients, 128 of h, 64 of each packed half.
     forward = name == "swiglu_forward"

@@ -6,13 +6,15 @@ The kernels run on a GPU, and without one in Triton's interpreter, in a process 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from bit_patterns import all_bf16
 from codec_cases import DEVICES, REARRANGEMENTS, Outputs, gpu_only, wild
-from interpreted import outcomes as interpreted_outcomes
-from test_swiglu import RELATIVE_ERROR, SHAPES, order, some_weights
+from test_swiglu import POINTERS, RELATIVE_ERROR, SHAPES, order, some_weights
+from triton_cases import compile_for_hopper
+from triton_cases import outcomes as interpreted_outcomes
 
 from qcomm import reference
 from qcomm import reference_swiglu as oracle
@@ -146,3 +148,24 @@ def test_opcheck(device: str) -> None:
     grad_x = torch.empty_like(x)
     torch.library.opcheck(swiglu._swiglu_bf16, (x, None, h))
     torch.library.opcheck(swiglu._swiglu_backward, (h.fill_(1), x, None, None, grad_x, None))
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("name", ["swiglu_forward", "swiglu_backward"])
+def test_compiled_for_hopper(name: str, with_weights: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """16-byte accesses alone, nothing in local memory."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    forward = name == "swiglu_forward"
+    per_warp = swiglu.WEIGHTED_GROUPS_PER_WARP if forward and with_weights else swiglu.FORWARD_GROUPS_PER_WARP
+    warps = 4 if forward else 2
+    kernel = getattr(swiglu.kernels(), name)
+    missing = {"h_sf", "qdata", "sf", *(() if with_weights else ("weights", "partials"))}
+    constants = {"GROUPS_PER_ROW": 56, "BLOCK_GROUPS": warps * per_warp, "NATIVE": True}
+    constants |= {n: None for n in kernel.arg_names if n in missing}
+    compiled = compile_for_hopper(kernel, {**POINTERS, "h": "*i16", "saved": "*i32"}, constants, warps)
+    ptx: str = compiled.asm["ptx"]
+    # A warp reads gate and up, and backward their gradient; it writes h, or backward the gradients of both.
+    assert ptx.count("ld.global.v4.b32") == (2 if forward else 3) * per_warp // 2
+    assert ptx.count("st.global.v4.b32") == (1 if forward else 2) * per_warp // 2
+    assert ".local" not in ptx
