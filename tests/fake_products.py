@@ -35,15 +35,16 @@ def scaled_mm(
     b_recipe: Any,
     **options: Any,
 ) -> torch.Tensor:
-    """Take a `[M, K]` by rows and b `[K, N]` by columns; scales of 1x128 are contiguous along M or N."""
+    """Take a `[M, K]` by rows and b `[K, N]` by columns.
+
+    Scales are contiguous along their first dimension: 1x128 `[M or N, K / 128]`, 128x128 of b `[K / 128, N / 128]`.
+    """
     assert a.stride(1) == b.stride(0) == 1
-    assert a_sf.stride(0) == 1
-    if b_recipe == F.ScalingType.BlockWise1x128:
-        assert b_sf.stride(1) == 1
-    else:
-        assert b_sf.stride(0) == 1
+    assert a_sf.stride(0) == b_sf.stride(0) == 1
+    if b_recipe == F.ScalingType.BlockWise128x128:
         assert b_sf.shape[0] % 4 == 0
-    left, right = _decode(a, a_sf, _rows_of(a_recipe)), _decode(b.t(), b_sf.t(), _rows_of(b_recipe))
+        b_sf = b_sf.t()
+    left, right = _decode(a, a_sf, _rows_of(a_recipe)), _decode(b.t(), b_sf, _rows_of(b_recipe))
     out: torch.Tensor = (left @ right.t()).to(options["output_dtype"])
     return out
 

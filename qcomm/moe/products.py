@@ -320,7 +320,7 @@ def _torch_fp8_loop_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple
                 right.view(width, b - a).t(),
                 d_y.sf[tiles].t(),
                 by_row,
-                x.sf[tiles],
+                x.sf[tiles].t(),
                 by_row,
                 output_dtype=torch.bfloat16,
             )
