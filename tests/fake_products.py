@@ -26,27 +26,38 @@ def _rows_of(recipe: Any) -> int:
     return {F.ScalingType.BlockWise1x128: 1, F.ScalingType.BlockWise128x128: 128}[recipe]
 
 
-def scaled_mm(
+def scaled_mm_v2(
     a: torch.Tensor,
     b: torch.Tensor,
-    a_sf: torch.Tensor,
-    a_recipe: Any,
-    b_sf: torch.Tensor,
-    b_recipe: Any,
-    **options: Any,
+    a_sf: list[torch.Tensor],
+    a_recipe: list[int],
+    a_swizzle: Any,
+    b_sf: list[torch.Tensor],
+    b_recipe: list[int],
+    b_swizzle: Any,
+    bias: None,
+    output_dtype: torch.dtype,
+    contraction_dim: Any,
+    *,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """Take a `[M, K]` by rows and b `[K, N]` by columns.
 
     Scales are contiguous along their first dimension: 1x128 `[M or N, K / 128]`, 128x128 of b `[K / 128, N / 128]`.
     """
+    ((left_sf,), (right_sf,)) = a_sf, b_sf
+    left_rows, right_rows = (_rows_of(F.ScalingType(recipe)) for (recipe,) in (a_recipe, b_recipe))
+    assert (len(a_swizzle), len(b_swizzle), len(contraction_dim)) == (0, 0, 0)
     assert a.stride(1) == b.stride(0) == 1
-    assert a_sf.stride(0) == b_sf.stride(0) == 1
-    if b_recipe == F.ScalingType.BlockWise128x128:
-        assert b_sf.shape[0] % 4 == 0
-        b_sf = b_sf.t()
-    left, right = _decode(a, a_sf, _rows_of(a_recipe)), _decode(b.t(), b_sf, _rows_of(b_recipe))
-    out: torch.Tensor = (left @ right.t()).to(options["output_dtype"])
-    return out
+    assert left_sf.stride(0) == right_sf.stride(0) == 1
+    assert left_sf.stride(1) in (1, a.shape[0])
+    if right_rows == 128:
+        assert right_sf.shape[0] % 4 == 0
+        right_sf = right_sf.t()
+    assert out.is_contiguous()
+    assert out.dtype == output_dtype
+    product = _decode(a, left_sf, left_rows) @ _decode(b.t(), right_sf, right_rows).t()
+    return out.copy_(product)
 
 
 def scaled_grouped_mm(
@@ -96,7 +107,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the stand-ins in the places of what they stand for."""
-    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(torch, "_scaled_mm_v2", scaled_mm_v2)
     monkeypatch.setattr(F, "scaled_grouped_mm", scaled_grouped_mm)
     fake = SimpleNamespace(
         m_grouped_fp8_gemm_nt_contiguous=m_grouped_fp8_gemm_nt_contiguous,

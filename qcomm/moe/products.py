@@ -263,7 +263,13 @@ def _torch_bf16_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
 def _torch_bf16_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int, ...]) -> torch.Tensor:
     left, right = (decode_columns(each, width, groups) for each, width in zip((d_y, x), shape[1:], strict=True))
     out = F.grouped_mm(left.t(), right, offs=groups.offsets[1:])
-    return torch.where(groups.offsets.diff().view(-1, 1, 1) > 0, out, 0)
+    # It leaves what is there where an expert has no rows.
+    if groups.on_host is None:
+        return torch.where(groups.offsets.diff().view(-1, 1, 1) > 0, out, 0)
+    for each, (a, b) in zip(out.unbind(), groups.spans(), strict=True):
+        if a == b:
+            each.zero_()
+    return out
 
 
 def _torch_fp8_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
@@ -290,41 +296,60 @@ def _torch_fp8_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int,
 def _torch_fp8_loop_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
     assert isinstance(x, FP8Tensor)
     assert isinstance(w, FP8BlockTensor)
-    functional: Any = F
-    by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    # It takes scales of rows by columns, and a multiple of 4 scales of weights along K.
-    sf = F.pad(w.sf, (0, -w.sf.shape[2] % _SCALES_MULTIPLE))
+    spans = groups.spans()
+    sizes = [b - a for a, b in spans]
+    rest = x.shape[0] - sum(sizes)
     out = torch.empty(x.shape[0], w.shape[1], dtype=torch.bfloat16, device=x.device)
-    for expert, (a, b) in enumerate(groups.spans()):
-        if a < b:
-            rows_sf = x.sf[a:b].t().contiguous().t()
-            out[a:b] = functional.scaled_mm(
-                x.data[a:b], w.data[expert].t(), rows_sf, by_row, sf[expert].t(), by_block, output_dtype=torch.bfloat16
-            )
+    # An expert's scales are taken by columns.
+    tiles = x.sf.shape[1]
+    columns = torch.empty(x.sf.shape, dtype=x.sf.dtype, device=x.device)
+    scales = [columns.as_strided((b - a, tiles), (1, max(1, b - a)), a * tiles) for a, b in spans]
+    torch._foreach_copy_(scales, x.sf.split([*sizes, rest])[:-1])
+    # Of weights a multiple of 4 along K.
+    w_scales = F.pad(w.sf, (0, -tiles % _SCALES_MULTIPLE)).transpose(1, 2).unbind()
+    weights = w.data.transpose(1, 2).unbind()
+    rows, results = x.data.split([*sizes, rest]), out.split([*sizes, rest])
+    for expert, size in enumerate(sizes):
+        if size:
+            operands = rows[expert], weights[expert], scales[expert], w_scales[expert]
+            _scaled_mm(*operands, F.ScalingType.BlockWise128x128, results[expert])
     return out
 
 
 def _torch_fp8_loop_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int, ...]) -> torch.Tensor:
     assert isinstance(d_y, FP8ColumnwiseTensor)
     assert isinstance(x, FP8ColumnwiseTensor)
-    functional: Any = F
-    by_row = F.ScalingType.BlockWise1x128
     _, height, width = shape
-    out = torch.zeros(shape, dtype=torch.bfloat16, device=x.device)
-    for expert, (a, b) in enumerate(groups.spans()):
+    out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+    left, left_sf = _by_expert(d_y, height, groups)
+    right, right_sf = _by_expert(x, width, groups)
+    for expert, (each, (a, b)) in enumerate(zip(out.unbind(), groups.spans(), strict=True)):
         if a < b:
-            tiles = slice(a // FP8_GROUP_SIZE, b // FP8_GROUP_SIZE)
-            left, right = d_y.data[a * height : b * height], x.data[a * width : b * width]
-            out[expert] = functional.scaled_mm(
-                left.view(height, b - a),
-                right.view(width, b - a).t(),
-                d_y.sf[tiles].t(),
-                by_row,
-                x.sf[tiles].t(),
-                by_row,
-                output_dtype=torch.bfloat16,
-            )
+            operands = left[expert], right[expert].t(), left_sf[expert], right_sf[expert]
+            _scaled_mm(*operands, F.ScalingType.BlockWise1x128, each)
+        else:
+            each.zero_()
     return out
+
+
+def _by_expert(
+    x: FP8ColumnwiseTensor, width: int, groups: Groups
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Return the block `[width, rows]` of each expert, and its scales `[width, rows / 128]`."""
+    sizes = [b - a for a, b in groups.spans()]
+    rows, tiles = x.data.numel() // width, [size // FP8_GROUP_SIZE for size in sizes]
+    blocks = x.data.split([*(size * width for size in sizes), (rows - sum(sizes)) * width])
+    scales = x.sf.t().split([*tiles, x.sf.shape[0] - sum(tiles)], dim=1)
+    return [block.view(width, size) for block, size in zip(blocks[:-1], sizes, strict=True)], scales[:-1]
+
+
+def _scaled_mm(
+    a: torch.Tensor, b: torch.Tensor, a_sf: torch.Tensor, b_sf: torch.Tensor, b_scaling: Any, out: torch.Tensor
+) -> None:
+    """What torch.nn.functional.scaled_mm calls, but into memory that is there; a has 1x128 scales."""
+    by_row, none = [F.ScalingType.BlockWise1x128.value], ()
+    private: Any = torch
+    private._scaled_mm_v2(a, b, [a_sf], by_row, none, [b_sf], [b_scaling.value], none, None, out.dtype, none, out=out)
 
 
 def _deep_gemm_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
