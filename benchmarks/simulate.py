@@ -181,12 +181,11 @@ def figures(call: Call, traffic: Traffic, rates: Rates) -> dict[str, Any]:
     for name, records in ports.items():
         largest = round(float(records.max()))
         found[f"{name}_records"] = largest
-        found[f"{name}_bytes"] = largest * call.physical_bytes
+        found[f"{name}_bytes"] = largest * call.bytes_on("rdma" if name.startswith("rdma") else "nvlink", traffic.form)
         found[f"{name}_logical_bytes"] = largest * call.logical_bytes
         found[f"{name}_mean_records"] = float(records.mean())
     found["relayed_records"] = round(float(traffic.relayed.sum() - traffic.relayed.trace()) / traffic.fraction)
-    parts = {f"expected_{name}": value for name, value in dataclasses.asdict(time).items()}
-    return {**found, **parts, "expected_us": time.total_us, "bound": time.bound}
+    return {**found, **time.figures()}
 
 
 def precisions(wires: Sequence[WireKind]) -> Iterator[tuple[str, WirePrecision]]:
