@@ -78,10 +78,14 @@ def expected_combine(
         # On nvshmem sums are rounded on both hops, which nothing but the loops does.
         each = measured.topology.ranks_per_node if handle.relayed else 1
         return _reference_combine(work, y, wire, layout, weighted, each, rounds_inside=not in_loops)
-    # Without relays, which the collective backend has between nodes of several ranks.
-    with dataclasses.replace(work, ranks_per_node=1).buffer(WirePrecision(combine_fwd=wire), "collective") as buffer:
+    with straight(work).buffer(WirePrecision(combine_fwd=wire), "collective") as buffer:
         _, again = buffer.dispatch(work.x, work.topk_idx, work.topk_weights, recv_layout=layout)
         return buffer.combine(y, again, weighted=weighted)
+
+
+def straight(work: Workload) -> Workload:
+    """Return the same work without relays, which the collective backend has between nodes of several ranks."""
+    return dataclasses.replace(work, ranks_per_node=1)
 
 
 def differing(what: str, got: Fields, want: Fields) -> list[str]:
