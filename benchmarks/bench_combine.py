@@ -5,6 +5,7 @@ expert-major rows, weighted ("token_major" ones, if asked for, are sums already 
 
     mpirun -n 4 python -m qcomm bench combine
     mpirun -n 4 python -m qcomm bench combine --wire bf16,fp8 --json combine.jsonl
+    mpirun -n 4 python -m qcomm bench combine --ranks-per-node 2 --nvlink-gbs 350 --rdma-gbs 45
     python -m qcomm bench combine --from combine.jsonl --plot combine.svg     (no GPU)
 
 Bytes: a rank sends one sum back for each token that came, whatever number of experts it has there. Its record is
@@ -37,7 +38,7 @@ NAME = "combine"
 
 
 def main() -> int:
-    flags = workload.parse(NAME, __doc__ or "", ("expert_major",), dispatch=False)
+    flags = workload.parse(NAME, __doc__ or "", ("expert_major",), dispatch=False, links=True)
     return runner.run(runner.Benchmark(NAME, _precision, baselines.combine, _measure, deep_ep_baseline.combine), flags)
 
 
@@ -57,8 +58,8 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
     timing = context.clock.time(lambda: buffer.combine(y, handle, weighted=weighted))
     buffer.check()
     record_bytes = RecordLayout(wire, work.geometry.hidden).num_bytes
-    moved = buffer.stats().combine_traffic
-    return [harness.Row(NAME, wire, layout, timing, record_bytes, traffic.remote_in, traffic.remote_out, traffic=moved)]
+    sent = harness.sent(work.member, handle, buffer.stats().combine_traffic)
+    return [harness.Row(NAME, wire, layout, timing, record_bytes, traffic.remote_in, traffic.remote_out, sent=sent)]
 
 
 def _check(
@@ -76,7 +77,7 @@ def _check(
     """
     layout = handle.recv_layout
     got = oracle.bits(buffer.combine(y, handle, weighted=weighted))
-    want = oracle.bits(oracle.expected_combine(buffer, work, y, wire, layout, weighted))
+    want = oracle.bits(oracle.expected_combine(buffer, work, y, handle, wire, weighted))
     problems = oracle.differing(f"combine, wire {wire}, {layout}", {"sum": got}, {"sum": want})
     harness.require_equal(work.member, problems)
 

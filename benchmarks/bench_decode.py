@@ -27,6 +27,7 @@ import workload
 
 from qcomm.buffer import Buffer
 from qcomm.formats import RecvLayout, WireKind, WirePrecision
+from qcomm.handle import DispatchHandle
 from qcomm.records import MetadataLayout, RecordLayout
 
 NAME = "decode"
@@ -60,7 +61,7 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
     y = torch.randn(shape, generator=generator, device=work.member.device, dtype=torch.bfloat16)
     combine, out = clock.captured(lambda: buffer.combine(y, handle))
     problems += oracle.differing(
-        f"combine, {what}", {"sum": oracle.bits(out)}, {"sum": oracle.bits(_expected_combine(context, y, layout))}
+        f"combine, {what}", {"sum": oracle.bits(out)}, {"sum": oracle.bits(_expected_combine(context, y, handle))}
     )
     harness.require_equal(work.member, problems)
 
@@ -78,9 +79,9 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
     return rows
 
 
-def _expected_combine(context: runner.Context, y: torch.Tensor, layout: RecvLayout) -> torch.Tensor:
-    """Compute what combine must give. Collective."""
-    work = context.work
+def _expected_combine(context: runner.Context, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    """Compute what combine along a handle's route must give. Collective."""
+    work, layout = context.work if handle.relayed else oracle.straight(context.work), handle.recv_layout
     with work.buffer(WirePrecision(), "collective") as buffer:
         _, handle = buffer.dispatch(work.x, work.topk_idx, work.topk_weights, recv_layout=layout, static=True)
         return buffer.combine(y, handle)

@@ -5,6 +5,7 @@ Geometry: on GPUs 4096 tokens a rank of 7168, top-8 of 256 experts, BF16 in; on 
     mpirun -n 4 python -m qcomm bench dispatch
     mpirun -n 4 python -m qcomm bench dispatch --wire mxfp4 --recv-layout expert_major --json dispatch.jsonl
     mpirun -n 4 python -m qcomm bench dispatch --tokens 1024,4096,16384 --wire mxfp4 --json dispatch.jsonl
+    mpirun -n 4 python -m qcomm bench dispatch --ranks-per-node 2 --nvlink-gbs 350 --rdma-gbs 45
     python -m qcomm bench dispatch --from dispatch.jsonl --plot dispatch.svg     (no GPU)
 
 Calls: `dispatch` routes and synchronises with the host; `replay` follows the route of a handle; `static` routes without
@@ -42,7 +43,7 @@ Dispatch = Callable[[], tuple[Received, DispatchHandle]]
 
 
 def main() -> int:
-    flags = workload.parse(NAME, __doc__ or "", ("expert_major", "token_major"), dispatch=True)
+    flags = workload.parse(NAME, __doc__ or "", ("expert_major", "token_major"), dispatch=True, links=True)
     return runner.run(
         runner.Benchmark(NAME, _precision, baselines.dispatch, _measure, deep_ep_baseline.dispatch), flags
     )
@@ -56,7 +57,7 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
     """Check, then time every call of one configuration. Collective."""
     work, traffic = context.work, context.traffic
     recv_dtype = context.flags.recv_dtype or ("bf16" if wire == "bf16" else "fp8")
-    calls = _calls(work, buffer, layout, recv_dtype)
+    calls, handle = _calls(work, buffer, layout, recv_dtype)
     _check(work, buffer.backend, calls, wire, layout, recv_dtype)
     harness.release(work.member)
     rows = []
@@ -74,13 +75,16 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
                 remote_records_in=traffic.remote_in,
                 metadata_bytes=4 * MetadataLayout(work.geometry.topk).num_words if name in _ROUTED else 0,
                 recv_dtype=recv_dtype,
-                traffic=buffer.stats().dispatch_traffic,
+                sent=harness.sent(work.member, handle, buffer.stats().dispatch_traffic),
             )
         )
     return rows
 
 
-def _calls(work: workload.Workload, buffer: Buffer, layout: RecvLayout, recv_dtype: RecvDtype) -> dict[str, Dispatch]:
+def _calls(
+    work: workload.Workload, buffer: Buffer, layout: RecvLayout, recv_dtype: RecvDtype
+) -> tuple[dict[str, Dispatch], DispatchHandle]:
+    """Return the calls by name, and the route that those which need one follow. Collective."""
     x = work.x
 
     def routed(*, static: bool) -> tuple[Received, DispatchHandle]:
@@ -96,7 +100,7 @@ def _calls(work: workload.Workload, buffer: Buffer, layout: RecvLayout, recv_dty
     }
     if layout == "expert_major" and recv_dtype == "fp8":
         calls["columnwise"] = lambda: buffer.dispatch(x, handle=handle, recv_dtype=recv_dtype, columnwise=True)
-    return calls
+    return calls, handle
 
 
 def _check(

@@ -123,7 +123,7 @@ def _one(work: workload.Workload, wire: WireKind, iterations: int) -> list[dict[
         shape = (len(received.x), work.geometry.hidden)
         y = torch.randn(shape, generator=torch.Generator().manual_seed(9 + member.rank)).to(torch.bfloat16)
         got = oracle.bits(buffer.combine(y, handle))
-        summed = oracle.bits(oracle.expected_combine(buffer, work, y, wire, "expert_major", True))
+        summed = oracle.bits(oracle.expected_combine(buffer, work, y, handle, wire, True))
         problems += oracle.differing(f"combine, {wire}", {"sum": got}, {"sum": summed})
         harness.require_equal(member, problems)
         stats, hidden = buffer.stats(), work.geometry.hidden

@@ -86,6 +86,7 @@ def call_of(line: Line) -> Call:
         routed=line["call"] in ("dispatch", "static"),
         recv_layout=line["layout"],
         recv_dtype=line["recv_dtype"] or "fp8",
+        rounds_inside=line["backend"] != "collective",
     )
 
 

@@ -9,14 +9,16 @@ with `time.perf_counter` around the call, with the device idle and the ranks tog
 time is the only one. Python collects no garbage meanwhile. p50 and p99 are nearest-rank percentiles of each rank's
 iterations; reported are the slowest rank's p50, the slowest p99 and the slowest host p50.
 
-CEILING. A kernel on all SMs stores 64 MiB to each peer at once, in 16-byte vectors, timed in the same run in the same
-way. Its bandwidth is the remote bytes of a rank over that time.
+CEILING. A kernel on all SMs stores 64 MiB to each peer of the node at once, in 16-byte vectors, timed in the same run
+in the same way. Its bandwidth is the remote bytes of a rank over that time.
 
 FIGURES. remote: bytes of records that a rank sends to other ranks, of the rank that sends most; bytes of a record are
 those of `qcomm.records.RecordLayout`; metadata is in the JSON lines only. physical: remote / p50. logical: the same
-records at 2 * hidden bytes / p50. x limit: p50 / (bytes of the busiest rank, in or out / ceiling). vs NCCL: p50 of
-all_to_all_single of the same tokens in BF16 / p50. between_nodes_bytes and inside_node_bytes, in the JSON lines, are
-what rank 0 sent (`qcomm.stats.Traffic`); remote counts records that go straight to every rank.
+records at 2 * hidden bytes / p50. x limit: p50 / (bytes of the busiest rank, in or out / ceiling), on one node. vs
+NCCL: p50 of all_to_all_single of the same tokens in BF16 / p50. slowest: the rank of that p50. expected, bound by,
+x expected: the time of links.py, what it is the time of, and p50 over it. remote counts records that go straight to
+every rank; what the ranks sent with relays is in the second table, and in the JSON lines as rank_sent_bytes and
+node_sent_bytes (fields of `qcomm.stats.Traffic`).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import links
 import torch
 import torch.distributed as dist
 
@@ -43,10 +46,12 @@ from qcomm import resources
 from qcomm.bootstrap import Launch, process_group
 from qcomm.config import Member, synchronize_hosts
 from qcomm.errors import QcommError
+from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelLoader
 from qcomm.ops.peer_store import launch_peer_store
 from qcomm.stats import Traffic
 from qcomm.table import format_table
+from qcomm.topology import Topology
 from qcomm.transport.symmetric import allocate
 
 T = TypeVar("T")
@@ -63,11 +68,15 @@ _HEADERS = (
     "p50 us",
     "p99 us",
     "host us",
+    "slowest",
     "remote MB",
     "physical GB/s",
     "logical GB/s",
     "x limit",
     "vs NCCL bf16",
+    "expected us",
+    "bound by",
+    "x expected",
 )
 
 
@@ -92,6 +101,11 @@ class Timing:
     host_us: float
     rank_p50_us: tuple[float, ...]
 
+    @property
+    def slowest_rank(self) -> int:
+        """The first rank with the largest p50."""
+        return self.rank_p50_us.index(max(self.rank_p50_us))
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -105,7 +119,7 @@ class Row:
         remote_records_in: records the rank that receives most receives from other ranks.
         metadata_bytes: bytes that travel with each record besides it.
         recv_dtype: what the receiver asked for; None for combine and the baselines.
-        traffic: what this rank sent in a call, inside its node and to others; None for the baselines.
+        sent: what every rank sent in a call, where the benchmark tells; None for the baselines.
     """
 
     call: str
@@ -117,7 +131,7 @@ class Row:
     remote_records_in: int
     metadata_bytes: int = 0
     recv_dtype: str | None = None
-    traffic: Traffic | None = None
+    sent: links.Sent | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +140,11 @@ class Run:
 
     title: str
     about: Mapping[str, object]
+    topology: Topology
     hidden: int
     ceiling_gbs: float | None
     nccl_us: float
+    rates: links.LinkRates
 
 
 @contextlib.contextmanager
@@ -147,6 +163,11 @@ def gather(member: Member, value: T) -> list[T]:
     gathered = [value] * member.num_ranks
     dist.all_gather_object(gathered, value, group=member.group)
     return gathered
+
+
+def sent(member: Member, handle: DispatchHandle, traffic: Traffic) -> links.Sent:
+    """Collect what every rank sent in a call along a handle's route. Collective."""
+    return links.Sent("hierarchical" if handle.relayed else "flat", tuple(gather(member, traffic)))
 
 
 def settle(member: Member) -> None:
@@ -251,20 +272,22 @@ class Clock:
         return 1e3 * start.elapsed_time(end)
 
 
-def peer_store_gbs(clock: Clock, member: Member, provider: str | None) -> float | None:
-    """Measure the ceiling, None where there is no symmetric memory or no peer. Collective.
+def peer_store_gbs(clock: Clock, member: Member, provider: str | None, topology: Topology) -> float | None:
+    """Measure the ceiling, None where there is no symmetric memory or no peer in the node. Collective.
 
     Raises:
         QcommError: a peer's bytes did not arrive.
     """
-    if provider is None or member.num_ranks == 1:
+    if provider is None or topology.ranks_per_node == 1:
         return None
-    memory = allocate(provider, member.num_ranks * _PEER_BYTES, member)
+    near = topology.same_node if topology.num_nodes > 1 else None
+    memory = allocate(provider, member.num_ranks * _PEER_BYTES, member, near)
     memory.local.zero_()
     settle(member)
     source = _pattern(member.rank, member.device)
     mine = member.rank * _PEER_BYTES
-    peers = [address + mine for rank, address in enumerate(memory.peers) if rank != member.rank]
+    mates = [rank for rank in range(member.num_ranks) if rank != member.rank and topology.same_node(rank, member.rank)]
+    peers = [memory.peers[rank] + mine for rank in mates]
     kernels = KernelLoader(member.device, waits=False)
 
     def store() -> None:
@@ -273,7 +296,7 @@ def peer_store_gbs(clock: Clock, member: Member, provider: str | None) -> float 
     timing = clock.time(store)
     settle(member)
     for rank, came in enumerate(memory.local.split(_PEER_BYTES)):
-        if rank != member.rank and not torch.equal(came, _pattern(rank, member.device)):
+        if rank in mates and not torch.equal(came, _pattern(rank, member.device)):
             raise QcommError(
                 f"rank {member.rank}: the bytes of rank {rank} did not arrive", rank=member.rank, peer=rank
             )
@@ -290,11 +313,12 @@ def figures(row: Row, run: Run) -> dict[str, float | int | None]:
     """Compute what FIGURES names; None where a divisor is missing or zero."""
     timing, remote_bytes = row.timing, row.remote_records * row.record_bytes
     busiest_bytes = max(row.remote_records, row.remote_records_in) * row.record_bytes
-    limit_us = busiest_bytes / run.ceiling_gbs / 1e3 if run.ceiling_gbs else None
+    limit_us = busiest_bytes / run.ceiling_gbs / 1e3 if run.ceiling_gbs and run.topology.num_nodes == 1 else None
     return {
         "p50_us": timing.p50_us,
         "p99_us": timing.p99_us,
         "host_us": timing.host_us,
+        "slowest_rank": timing.slowest_rank,
         "remote_records": row.remote_records,
         "remote_records_in": row.remote_records_in,
         "remote_bytes": remote_bytes,
@@ -306,50 +330,53 @@ def figures(row: Row, run: Run) -> dict[str, float | int | None]:
     }
 
 
-def table(rows: Sequence[Row], run: Run) -> str:
-    """Lay the rows out under the run's title."""
-    lines = []
-    for row in rows:
-        found = figures(row, run)
-        remote_mb = row.remote_records * row.record_bytes / 1e6
-        lines.append(
+def table(lines: Sequence[links.Line]) -> str:
+    """Lay the calls out."""
+    return format_table(
+        _HEADERS,
+        [
             (
-                row.call,
-                row.wire,
-                row.layout,
-                *(_cell(found[name], 1) for name in ("p50_us", "p99_us", "host_us")),
-                f"{remote_mb:.3f}",
-                *(_cell(found[name], 2) for name in ("physical_gbs", "logical_gbs")),
-                _cell(found["limit_ratio"], 2),
-                _cell(found["nccl_bf16_ratio"], 2, "x"),
+                line["call"],
+                line["wire"],
+                line["layout"],
+                *(_cell(line[name], 1) for name in ("p50_us", "p99_us", "host_us")),
+                str(line["slowest_rank"]),
+                f"{line['remote_bytes'] / 1e6:.3f}",
+                *(_cell(line[name], 2) for name in ("physical_gbs", "logical_gbs", "limit_ratio")),
+                _cell(line["nccl_bf16_ratio"], 2, "x"),
+                _cell(line["expected_us"], 1),
+                line["bound"] or "-",
+                _cell(line["expected_ratio"], 2),
             )
-        )
-    return f"{run.title}\n\n{format_table(_HEADERS, lines)}"
+            for line in lines
+        ],
+    )
 
 
 def _cell(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def json_lines(rows: Sequence[Row], run: Run) -> str:
-    """Render one JSON object a row."""
+def lines_of(rows: Sequence[Row], run: Run) -> list[links.Line]:
+    """Return one JSON object a row."""
     lines = []
     for row in rows:
         what = {"call": row.call, "wire": row.wire, "layout": row.layout, "recv_dtype": row.recv_dtype}
         sizes = {"record_bytes": row.record_bytes, "rank_p50_us": row.timing.rank_p50_us}
-        sizes |= {f"{name}_bytes": getattr(row.traffic, name, None) for name in ("between_nodes", "inside_node")}
-        lines.append(json.dumps({**run.about, "ceiling_gbs": run.ceiling_gbs, **what, **sizes, **figures(row, run)}))
-    return "".join(f"{line}\n" for line in lines)
+        line = {**run.about, "ceiling_gbs": run.ceiling_gbs, **what, **sizes, **figures(row, run)}
+        lines.append({**line, **links.figures(line, run.topology, row.sent, run.rates)})
+    return lines
 
 
 def report(member: Member, rows: Sequence[Row], run: Run, json_path: Path | None) -> None:
-    """Print the table from rank 0, and append the JSON lines."""
+    """Print the tables from rank 0, and append the JSON lines."""
     if member.rank:
         return
-    print(table(rows, run), flush=True)
+    lines = lines_of(rows, run)
+    print("\n\n".join(part for part in (run.title, table(lines), links.table(lines)) if part), flush=True)
     if json_path is not None:
         with json_path.open("a") as file:
-            file.write(json_lines(rows, run))
+            file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
 
 def about_cpu(name: str) -> dict[str, object]:

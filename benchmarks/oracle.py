@@ -1,11 +1,13 @@
 """What the benchmarked calls must give, bit for bit.
 
-The oracle is never the backend that is measured: `collective` answers for nvlink, on the same GPUs, and the plain loops
-of `qcomm.reference_exchange` for `collective`. The loops run on the CPU and take minutes at large sizes.
+The oracle is never the backend that is measured: `collective` answers for nvlink and nvshmem, on the same GPUs, and the
+plain loops of `qcomm.reference_exchange` for `collective`, and for combine by way of nvshmem's relays. The loops run on
+the CPU and take minutes at large sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import harness
@@ -68,15 +70,22 @@ def expected_dispatch(
 
 
 def expected_combine(
-    measured: Buffer, work: Workload, y: torch.Tensor, wire: WireKind, layout: RecvLayout, weighted: bool
+    measured: Buffer, work: Workload, y: torch.Tensor, handle: DispatchHandle, wire: WireKind, weighted: bool
 ) -> torch.Tensor:
-    """Compute what a buffer's combine of `y` must give on this rank. Collective."""
-    if measured.backend == "collective":
-        topology = measured.topology
-        return _reference_combine(work, y, wire, layout, weighted, topology.ranks_per_node if topology.relays else 1)
-    with work.buffer(WirePrecision(combine_fwd=wire), "collective") as buffer:
-        _, handle = buffer.dispatch(work.x, work.topk_idx, work.topk_weights, recv_layout=layout)
-        return buffer.combine(y, handle, weighted=weighted)
+    """Compute what a buffer's combine of `y` along a handle's route must give on this rank. Collective."""
+    layout, in_loops = handle.recv_layout, measured.backend == "collective"
+    if in_loops or handle.relayed:
+        # On nvshmem sums are rounded on both hops, which nothing but the loops does.
+        each = measured.topology.ranks_per_node if handle.relayed else 1
+        return _reference_combine(work, y, wire, layout, weighted, each, rounds_inside=not in_loops)
+    with straight(work).buffer(WirePrecision(combine_fwd=wire), "collective") as buffer:
+        _, again = buffer.dispatch(work.x, work.topk_idx, work.topk_weights, recv_layout=layout)
+        return buffer.combine(y, again, weighted=weighted)
+
+
+def straight(work: Workload) -> Workload:
+    """Return the same work without relays, which the collective backend has between nodes of several ranks."""
+    return dataclasses.replace(work, ranks_per_node=1)
 
 
 def differing(what: str, got: Fields, want: Fields) -> list[str]:
@@ -151,7 +160,14 @@ def _reference_dispatch(
 
 
 def _reference_combine(
-    work: Workload, y: torch.Tensor, wire: WireKind, layout: RecvLayout, weighted: bool, ranks_per_node: int
+    work: Workload,
+    y: torch.Tensor,
+    wire: WireKind,
+    layout: RecvLayout,
+    weighted: bool,
+    ranks_per_node: int,
+    *,
+    rounds_inside: bool,
 ) -> torch.Tensor:
     _, idxs, weights = _everyones_inputs(work)
     ranks = range(work.member.num_ranks)
@@ -166,7 +182,14 @@ def _reference_combine(
     own = [work.member.rank]
     wire_format = WireFormat(wire)
     (out,) = reference_exchange.combine(
-        ys, arranged, counts, wire=wire_format, weighted=weighted, ranks=own, ranks_per_node=ranks_per_node
+        ys,
+        arranged,
+        counts,
+        wire=wire_format,
+        weighted=weighted,
+        ranks=own,
+        ranks_per_node=ranks_per_node,
+        rounds_inside=rounds_inside,
     )
     return out
 

@@ -31,7 +31,14 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: there is no matplotlib.
+        ValueError: the run has other sweeps than of tokens.
     """
+    for name, values in (
+        ("hidden", {line["geometry"]["hidden"] for line in lines}),
+        ("ranks per node", {line.get("ranks_per_node") for line in lines}),
+    ):
+        if len(values) > 1:
+            raise ValueError(f"lines to be drawn must have one number of {name}, got {sorted(values)}")
     plotting.require()
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import baselines
 import deep_ep_baseline
 import harness
+import links
 import plot_exchange
 import workload
 
@@ -60,8 +61,7 @@ def run(benchmark: Benchmark, flags: workload.Flags) -> int:
             return 2
         return 0
     with harness.session() as session:
-        for tokens in flags.tokens or benchmark.tokens or (None,):
-            one = dataclasses.replace(flags, sizes=flags.sizes | {"tokens": tokens})
+        for one in workload.runs(flags, benchmark.tokens):
             try:
                 geometry = workload.sizes(one, session.member)
             except ValueError as error:
@@ -84,10 +84,10 @@ def fail(session: harness.Session, message: str, code: int) -> int:
 
 def _run(benchmark: Benchmark, flags: workload.Flags, session: harness.Session, work: workload.Workload) -> None:
     member = session.member
-    choice = workload.backend_choice(flags, work)
+    choice, topology = workload.backend_choice(flags, work), workload.nodes(flags, work).topology
     machine = harness.machine(member)
     clock = harness.Clock(member, workload.iterations(flags, member))
-    ceiling = harness.peer_store_gbs(clock, member, choice.provider)
+    ceiling = harness.peer_store_gbs(clock, member, choice.provider, topology)
     context = Context(flags, work, baselines.find_traffic(work), clock)
     rows = benchmark.baselines(work, context.traffic, clock)
     nccl_us = rows[0].timing.p50_us
@@ -104,7 +104,9 @@ def _run(benchmark: Benchmark, flags: workload.Flags, session: harness.Session, 
     title = "\n".join([_title(flags, work, choice, machine, ceiling), *notes])
     words = "bench", benchmark.name
     about = {"benchmark": benchmark.name, **describe(words, flags, session, work, choice), "machine": machine}
-    harness.report(member, rows, harness.Run(title, about, work.geometry.hidden, ceiling, nccl_us), flags.json)
+    rates = links.LinkRates(flags.nvlink_gbs or ceiling, flags.rdma_gbs)
+    done = harness.Run(title, about, topology, work.geometry.hidden, ceiling, nccl_us, rates)
+    harness.report(member, rows, done, flags.json)
 
 
 def describe(

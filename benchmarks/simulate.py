@@ -107,8 +107,7 @@ def _parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=size, metavar="N", help=f"default {size}")
     parser.add_argument("--routing", choices=workload.ROUTINGS, default=workload.ROUTINGS[0])
     parser.add_argument("--wire", type=workload.names_of(WIRE_KINDS), action="extend", help="repeatable, or comma list")
-    parser.add_argument("--nvlink-gbs", type=_rate, metavar="GBS", help="of peer stores (default: as measured)")
-    parser.add_argument("--rdma-gbs", type=_rate, metavar="GBS", help="of a NIC (default: as assumed)")
+    workload.add_rate_flags(parser, nvlink="as measured", rdma="as assumed")
     parser.add_argument("--sample", type=int, metavar="N", help="tokens of each rank to look at")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a row")
@@ -125,13 +124,6 @@ def _parse() -> argparse.Namespace:
         parser.error(f"--sample must be positive, got {given.sample}")
     given.wire = tuple(cast("list[WireKind]", given.wire or ["mxfp4", "fp8", "bf16"]))
     return given
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
 
 
 def simulate(given: argparse.Namespace, topology: Topology, rates: Rates) -> list[Line]:
@@ -181,12 +173,11 @@ def figures(call: Call, traffic: Traffic, rates: Rates) -> dict[str, Any]:
     for name, records in ports.items():
         largest = round(float(records.max()))
         found[f"{name}_records"] = largest
-        found[f"{name}_bytes"] = largest * call.physical_bytes
+        found[f"{name}_bytes"] = largest * call.bytes_on("rdma" if name.startswith("rdma") else "nvlink", traffic.form)
         found[f"{name}_logical_bytes"] = largest * call.logical_bytes
         found[f"{name}_mean_records"] = float(records.mean())
     found["relayed_records"] = round(float(traffic.relayed.sum() - traffic.relayed.trace()) / traffic.fraction)
-    parts = {f"expected_{name}": value for name, value in dataclasses.asdict(time).items()}
-    return {**found, **parts, "expected_us": time.total_us, "bound": time.bound}
+    return {**found, **time.figures()}
 
 
 def precisions(wires: Sequence[WireKind]) -> Iterator[tuple[str, WirePrecision]]:

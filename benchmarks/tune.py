@@ -173,6 +173,7 @@ def _parse() -> Flags:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     workload.add_shared_flags(parser)
+    parser.add_argument("--hidden", type=int, metavar="N", help=workload.default_size("hidden"))
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens a rank of large calls (default 4096)")
     few = ",".join(map(str, _FEW_TOKENS))
     parser.add_argument(
@@ -186,11 +187,11 @@ def _parse() -> Flags:
     if min(given.decode_tokens) <= 0:
         parser.error(f"--decode-tokens must be positive, got {min(given.decode_tokens)}")
     shared = workload.shared_flags(given)
-    shared["sizes"]["tokens"] = given.tokens
+    shared["sizes"] |= {"tokens": given.tokens, "hidden": given.hidden}
     return Flags(
         shared=workload.Flags(
             **shared,
-            tokens=None,
+            sweep={},
             recv_dtype=None,
             recv_layouts=(),
             backend="auto",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,15 +43,19 @@ class Geometry:
 
 _SIZES = {"cuda": Geometry(4096, 7168, 8, 256), "cpu": Geometry(64, 256, 4, 16)}
 _ITERATIONS = {"cuda": 50, "cpu": 3}
-_OTHER_SIZES = tuple(field.name for field in dataclasses.fields(Geometry) if field.name != "tokens")
+_SWEPT = ("hidden", "tokens", "ranks_per_node")
+_OTHER_SIZES = ("topk", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The command line; None is a default of the device. `tokens` has the counts to run one after the other."""
+    """The command line; None is a default of the device.
+
+    `sweep` has what to run one after the other by name: "hidden", "tokens" and "ranks_per_node", where they are given.
+    """
 
     sizes: dict[str, int | None]
-    tokens: tuple[int, ...] | None
+    sweep: dict[str, tuple[int, ...]]
     wires: tuple[WireKind, ...]
     recv_dtype: RecvDtype | None
     recv_layouts: tuple[RecvLayout, ...]
@@ -64,6 +69,8 @@ class Flags:
     lines: Path | None
     plot: Path | None
     ranks_per_node: int | None = None
+    nvlink_gbs: float | None = None
+    rdma_gbs: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +103,9 @@ class Workload:
         )
 
 
-def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, dispatch: bool) -> Flags:
+def parse(
+    name: str, description: str, recv_layouts: Sequence[RecvLayout], *, dispatch: bool, links: bool = False
+) -> Flags:
     """Read the command line; wrong usage exits with code 2.
 
     Args:
@@ -104,6 +113,7 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         description: its help text.
         recv_layouts: those of a run that names none.
         dispatch: whether the receiver's format can be chosen.
+        links: whether the run says what its links should take, for which their rates can be given.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m qcomm bench {name}",
@@ -111,14 +121,18 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_shared_flags(parser)
-    parser.add_argument("--tokens", type=counts, metavar="N[,N...]", help=f"{_default('tokens')}; a run for each")
+    for size in ("hidden", "tokens"):
+        parser.add_argument(f"--{size}", type=counts, metavar="N[,N...]", help=f"{default_size(size)}; a run for each")
     layouts = names_of(RECV_LAYOUTS)
     parser.add_argument("--recv-layout", type=layouts, action="extend", help="repeatable, or a comma list")
     if dispatch:
         parser.add_argument("--recv-dtype", choices=("auto", *RECV_DTYPES), default="auto")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--num-sms", type=_positive, metavar="N", help="SMs of each communication kernel")
-    parser.add_argument("--ranks-per-node", type=_positive, metavar="N", help="virtual nodes; default: the hosts")
+    virtual = "virtual nodes; default: the hosts; a run for each"
+    parser.add_argument("--ranks-per-node", type=counts, metavar="N[,N...]", help=virtual)
+    if links:
+        add_rate_flags(parser, nvlink="peer stores of the run, where they are measured", rdma="none")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="lines", help="read lines instead of measuring")
     parser.add_argument("--plot", type=plotting.drawing, metavar="FILE", help="draw them to an .svg or .png")
     given = parser.parse_args()
@@ -127,21 +141,37 @@ def parse(name: str, description: str, recv_layouts: Sequence[RecvLayout], *, di
     recv_dtype: RecvDtype | None = given.recv_dtype if dispatch and given.recv_dtype != "auto" else None
     return Flags(
         **shared_flags(given),
-        tokens=given.tokens,
+        sweep={name: getattr(given, name) for name in _SWEPT if getattr(given, name) is not None},
         recv_dtype=recv_dtype,
         recv_layouts=tuple(cast("list[RecvLayout]", given.recv_layout or recv_layouts)),
         backend=given.backend,
         num_sms=given.num_sms,
         lines=given.lines,
         plot=given.plot,
-        ranks_per_node=given.ranks_per_node,
+        nvlink_gbs=given.nvlink_gbs if links else None,
+        rdma_gbs=given.rdma_gbs if links else None,
     )
 
 
+def runs(flags: Flags, tokens: Sequence[int] | None) -> Iterator[Flags]:
+    """Yield the flags of each run; `tokens` where the command line names none."""
+    named = ({} if tokens is None else {"tokens": tuple(tokens)}) | flags.sweep
+    for values in itertools.product(*named.values()):
+        one: dict[str, int | None] = dict(zip(named, values, strict=True))
+        ranks_per_node = one.pop("ranks_per_node", None)
+        yield dataclasses.replace(flags, sizes=flags.sizes | one, ranks_per_node=ranks_per_node)
+
+
+def add_rate_flags(parser: argparse.ArgumentParser, *, nvlink: str, rdma: str) -> None:
+    """Add the rates of the model of time (qcomm/scaling.py); `nvlink` and `rdma` say what their defaults are."""
+    parser.add_argument("--nvlink-gbs", type=_rate, metavar="GBS", help=f"of peer stores of a GPU (default: {nvlink})")
+    parser.add_argument("--rdma-gbs", type=_rate, metavar="GBS", help=f"of a GPU's NIC (default: {rdma})")
+
+
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every command that exchanges tokens takes; all but how many tokens."""
+    """Add the flags that every command that exchanges tokens takes; all but --tokens and --hidden."""
     for name in _OTHER_SIZES:
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=_default(name))
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=default_size(name))
     parser.add_argument("--wire", type=names_of(WIRE_KINDS), action="extend", help="repeatable, or a comma list")
     parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0])
     parser.add_argument("--provider", choices=PROVIDERS, default="auto", help="symmetric memory of the nvlink backend")
@@ -153,7 +183,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
 def shared_flags(given: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of `Flags` that `add_shared_flags` is for."""
     return {
-        "sizes": {name: getattr(given, name) for name in _OTHER_SIZES} | {"tokens": None},
+        "sizes": {name: getattr(given, name) for name in _OTHER_SIZES},
         "wires": tuple(given.wire or _WIRES),
         "routing": given.routing,
         "provider": given.provider,
@@ -163,7 +193,8 @@ def shared_flags(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _default(name: str) -> str:
+def default_size(name: str) -> str:
+    """Say what a size is where none is given."""
     return f"default {'/'.join(str(getattr(_SIZES[device], name)) for device in ('cuda', 'cpu'))} (GPU/CPU)"
 
 
@@ -218,9 +249,20 @@ def make_routing(routing: str, geometry: Geometry, seed: int, rank: int, num_ran
     return (torch.log(weights) + noise).topk(geometry.topk, dim=1).indices
 
 
+def nodes(flags: Flags, work: Workload) -> topology.Found:
+    """Find the nodes that a buffer will have. Collective."""
+    return topology.find(_config(flags, work), work.member)
+
+
 def backend_choice(flags: Flags, work: Workload) -> Choice:
     """Return the backend and provider that a buffer will take, and why. Collective."""
-    config = BufferConfig(
+    found = nodes(flags, work)
+    choice = choose(_config(flags, work), work.member, found.topology)
+    return choice if found.note is None else dataclasses.replace(choice, reason=f"{choice.reason}; {found.note}")
+
+
+def _config(flags: Flags, work: Workload) -> BufferConfig:
+    return BufferConfig(
         num_experts=work.geometry.experts,
         num_topk=work.geometry.topk,
         hidden=work.geometry.hidden,
@@ -232,14 +274,18 @@ def backend_choice(flags: Flags, work: Workload) -> Choice:
         ranks_per_node=work.ranks_per_node,
         environ_ranks_per_node=topology.from_environ(os.environ) if work.ranks_per_node is None else None,
     )
-    found = topology.find(config, work.member)
-    choice = choose(config, work.member, found.topology)
-    return choice if found.note is None else dataclasses.replace(choice, reason=f"{choice.reason}; {found.note}")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
 

@@ -154,6 +154,11 @@ class DispatchHandle:
     relay: Relay | None = None
     forward: Forward | None = None
 
+    @property
+    def relayed(self) -> bool:
+        """Whether tokens went to each node once, to be passed on there."""
+        return self.relay is not None or self.forward is not None
+
 
 def part_shapes(
     recv_layout: RecvLayout,

@@ -110,6 +110,18 @@ class ValuesLayout:
         return align(4 * self.num_topk, RECORD_ALIGNMENT)
 
 
+@dataclasses.dataclass(frozen=True)
+class SumLayout:
+    """A sum on its way to a relay of the collective backend: hidden float32, not rounded to the wire before that."""
+
+    hidden: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+        return 4 * self.hidden
+
+
 def align(value: int, multiple: int) -> int:
     """Round up to a multiple."""
     return -(-value // multiple) * multiple

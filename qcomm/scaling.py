@@ -26,12 +26,13 @@ import torch
 
 from qcomm import validate
 from qcomm.formats import RecvDtype, RecvLayout, WireKind
-from qcomm.records import MetadataLayout, RecordLayout
+from qcomm.records import MetadataLayout, RecordLayout, SumLayout
 from qcomm.topology import Topology
 from qcomm.tuning import OPS, Op
 
 Form = Literal["flat", "hierarchical"]
 FORMS: tuple[Form, ...] = ("flat", "hierarchical")
+Link = Literal["nvlink", "rdma"]
 CALIBRATION = Path(__file__).with_name("scaling.json")
 _PORTS = ("nvlink_out", "nvlink_in", "rdma_out", "rdma_in")
 
@@ -190,6 +191,8 @@ class Call:
         routed: of a dispatch, whether metadata goes along, as it does but in a replay.
         recv_layout: of the experts' rows; one a record for "token_major", else one for each of its experts.
         recv_dtype: of the rows that a dispatch writes.
+        rounds_inside: of a hierarchical combine, whether sums travel inside a node in the wire's format, as on nvshmem;
+            else in float32, as on collective, which `memory_bytes` takes no account of.
     """
 
     op: Op
@@ -199,11 +202,18 @@ class Call:
     routed: bool = True
     recv_layout: RecvLayout = "expert_major"
     recv_dtype: RecvDtype = "fp8"
+    rounds_inside: bool = True
 
     @property
     def physical_bytes(self) -> int:
-        """Bytes of one record on a link, metadata included."""
+        """Bytes of one record of the wire, metadata included."""
         return RecordLayout(self.wire, self.hidden).num_bytes + self.metadata_bytes
+
+    def bytes_on(self, link: Link, form: Form) -> int:
+        """Return the bytes of one record on a kind of link, metadata included."""
+        if link == "nvlink" and form == "hierarchical" and self.op == "combine" and not self.rounds_inside:
+            return SumLayout(self.hidden).num_bytes
+        return self.physical_bytes
 
     @property
     def metadata_bytes(self) -> int:
@@ -289,6 +299,11 @@ class ExpectedTime:
         parts = {"fixed": self.fixed_us, "rdma": self.rdma_us, "nvlink": self.nvlink_us, "memory": self.memory_us}
         return max(parts, key=lambda name: parts[name])
 
+    def figures(self) -> dict[str, float | str]:
+        """Return all of it by the names that JSON lines have."""
+        parts = {f"expected_{name}": value for name, value in dataclasses.asdict(self).items()}
+        return {**parts, "expected_us": self.total_us, "bound": self.bound}
+
 
 def expected_time(call: Call, traffic: Traffic, rates: Rates | None = None) -> ExpectedTime:
     """Say how long a call should take.
@@ -301,9 +316,9 @@ def expected_time(call: Call, traffic: Traffic, rates: Rates | None = None) -> E
     rates = rates or calibrated()
     fit, ports = rates.fits[call.op], traffic.ports()
 
-    def slowest(link: str, gbs: float) -> float:
+    def slowest(link: Link, gbs: float) -> float:
         busiest = max(float(ports[f"{link}_{way}"].max()) for way in ("out", "in"))
-        return busiest * call.physical_bytes / gbs / 1e3
+        return busiest * call.bytes_on(link, traffic.form) / gbs / 1e3
 
     fixed_us = fit.fixed_us
     if traffic.rdma.any():

@@ -9,10 +9,10 @@ import torch
 
 from qcomm.formats import WireFormat
 from qcomm.handle import DispatchHandle, Forward
-from qcomm.records import RecordLayout
+from qcomm.records import RecordLayout, SumLayout
 from qcomm.topology import Topology
 
-_FLOAT32_BYTES, _BFLOAT16_BYTES = 4, 2
+_BFLOAT16_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _combine_traffic(handle: DispatchHandle, rank: int, topology: Topology, reco
         back = handle.relay.src_offsets.diff().tolist(), handle.relay.recv_offsets.diff().tolist()
         between = sum(back[0]) - back[0][topology.node(rank)]
         inside = sum(back[1]) - back[1][topology.local_index(rank)]
-        inside_bytes = _FLOAT32_BYTES * hidden
+        inside_bytes = SumLayout(hidden).num_bytes
     logical = _BFLOAT16_BYTES * hidden
     return Traffic(between * record_bytes, between * logical, inside * inside_bytes, inside * logical)
 

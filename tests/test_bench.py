@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cases
 import pytest
 import torch
+import torch.distributed as dist
 from commands import mpirun, start
-from ranks import need_gpus
+from ranks import RankPool, need_gpus
 
-from qcomm import resources
-from qcomm.formats import RecvLayout
+from qcomm import reference_exchange, resources, scaling
+from qcomm.config import Member
+from qcomm.formats import RecvLayout, WirePrecision
 from qcomm.jit import compile_cubin
 from qcomm.ops import peer_store
 from qcomm.records import MetadataLayout, RecordLayout
+from qcomm.stats import Traffic
+from qcomm.topology import Topology
 
 sys.path.insert(0, str(resources.find("benchmarks")))
 
 import bench_beside
+import calibration
 import harness
+import links
 import oracle
 import plot_exchange
 import workload
@@ -51,16 +62,28 @@ KEYS = {
     "p50_us",
     "p99_us",
     "host_us",
+    "slowest_rank",
     "remote_records",
     "remote_records_in",
     "remote_bytes",
-    "between_nodes_bytes",
-    "inside_node_bytes",
     "remote_metadata_bytes",
     "physical_gbs",
     "logical_gbs",
     "limit_ratio",
     "nccl_bf16_ratio",
+    "ranks_per_node",
+    "form",
+    "rank_sent_bytes",
+    "node_sent_bytes",
+    "nvlink_gbs",
+    "rdma_gbs",
+    "expected_fixed_us",
+    "expected_nvlink_us",
+    "expected_rdma_us",
+    "expected_memory_us",
+    "expected_us",
+    "bound",
+    "expected_ratio",
 }
 WRONG_ORACLE = """
 import sys
@@ -76,13 +99,24 @@ sys.exit(bench_dispatch.main())
 
 
 def bench(*arguments: str, launcher: tuple[str, ...] = (), on_gpu: bool = False) -> list[list[str]]:
-    """Run a benchmark; returns the cells of each row of its table."""
+    """Run a benchmark; returns the cells of each row of its first table."""
+    return cells(shown(*arguments, launcher=launcher, on_gpu=on_gpu), "call ")
+
+
+def shown(*arguments: str, launcher: tuple[str, ...] = (), on_gpu: bool = False) -> str:
+    """Run a benchmark; returns what it printed."""
     command = [*launcher, sys.executable, "-m", "qcomm", "bench", *arguments]
     done = start(*command, on_gpu=on_gpu)
     assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}{done.stderr}"
-    lines = done.stdout.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.startswith("call "))
-    return [line.replace(" + expand", "+expand").split() for line in lines[head + 2 :]]
+    return done.stdout
+
+
+def cells(printed: str, header: str) -> list[list[str]]:
+    """Split the rows of the first table whose headers begin so."""
+    lines = printed.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith(header))
+    rows = itertools.takewhile(bool, lines[head + 2 :])
+    return [line.replace(" + expand", "+expand").split() for line in rows]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -110,7 +144,7 @@ def test_dispatch(tmp_path: Path) -> None:
         words = MetadataLayout(2).num_words
         assert line["remote_metadata_bytes"] == (4 * words * line["remote_records"] if routed else 0)
         assert 0 < line["p50_us"] <= line["p99_us"]
-        assert max(line["rank_p50_us"]) == line["p50_us"]
+        assert max(line["rank_p50_us"]) == line["p50_us"] == line["rank_p50_us"][line["slowest_rank"]]
         assert line["num_ranks"] == 2
     assert found[0]["nccl_bf16_ratio"] == 1.0
 
@@ -144,6 +178,190 @@ def test_decode_runs_every_count(tmp_path: Path) -> None:
     assert dispatch["remote_records"] == combine["remote_records_in"]
     assert dispatch["remote_metadata_bytes"] == dispatch["remote_records"] * 4 * MetadataLayout(2).num_words
     assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, 256)
+
+
+def check_links(lines: Sequence[dict[str, Any]], printed: str, rates: dict[str, Any]) -> None:
+    """Require the bytes and times that the simulator has for the same routes, on two nodes of two ranks."""
+    ours = [line for line in lines if line["rank_sent_bytes"] is not None]
+    assert len(ours) < len(lines)
+    assert {line["call"].partition(" ")[0] for line in lines if line not in ours} == {"gloo"}
+    rows = cells(printed, "op ")
+    for line in ours:
+        assert (line["ranks_per_node"], line["form"], line["backend"]) == (2, "hierarchical", "collective")
+        assert {name: line[name] for name in rates} == rates
+        call, traffic = calibration.call_of(line), calibration.traffic_of(line, 2, "hierarchical")
+        ports, plain = traffic.ports(), dataclasses.replace(call, routed=False)
+        ranks, nodes = line["rank_sent_bytes"], line["node_sent_bytes"]
+        for link, kind in (("nvlink", "inside_node"), ("rdma", "between_nodes")):
+            records = ports[f"{link}_out"]
+            record_bytes = plain.bytes_on("rdma" if link == "rdma" else "nvlink", "hierarchical")
+            assert [each[kind] for each in ranks] == (records * record_bytes).tolist()
+            assert [each[f"{kind}_logical"] for each in ranks] == (256 * records).tolist()
+            assert [each[kind] for each in nodes] == (records.view(2, 2).sum(1) * record_bytes).tolist()
+            assert [each[f"{kind}_logical"] for each in nodes] == (256 * records.view(2, 2).sum(1)).tolist()
+        busiest = max(float(ports[f"rdma_{way}"].max()) for way in ("out", "in"))
+        assert line["expected_rdma_us"] == pytest.approx(busiest * call.physical_bytes / rates["rdma_gbs"] / 1e3)
+        whole = dataclasses.replace(scaling.calibrated(), **rates)
+        assert line["expected_us"] == pytest.approx(scaling.expected_time(call, traffic, whole).total_us)
+        assert line["expected_ratio"] == pytest.approx(line["p50_us"] / line["expected_us"])
+        (cell,) = {
+            row[-3] for row in cells(printed, "call ") if row[:3] == [line["call"], line["wire"], line["layout"]]
+        }
+        assert cell == f"{line['expected_us']:.1f}"
+        told = [
+            ("all", nodes[0]),
+            ("0", ranks[0]),
+            ("1", ranks[1]),
+            ("all", nodes[1]),
+            ("2", ranks[2]),
+            ("3", ranks[3]),
+        ]
+        for (rank, sent), row in zip(told, [r for r in rows if r[:2] == [call.op, line["wire"]]], strict=True):
+            kinds = ("inside_node", "between_nodes", "inside_node_logical", "between_nodes_logical")
+            assert row[3:] == [rank, *(f"{sent[kind] / 1e6:.3f}" for kind in kinds)]
+
+
+@pytest.mark.mpi
+def test_links_of_dispatch(tmp_path: Path) -> None:
+    path, rates = tmp_path / "lines.jsonl", {"nvlink_gbs": 0.02, "rdma_gbs": 0.001}
+    given = ["--nvlink-gbs", "0.02", "--rdma-gbs", "0.001", "--ranks-per-node", "2", "--recv-layout", "token_major"]
+    printed = shown("dispatch", *TINY, *given, "--tokens", "200", "--json", str(path), launcher=mpirun(4))
+    lines = read(path)
+    check_links(lines, printed, rates)
+    assert {line["bound"] for line in lines} == {"rdma", None}
+
+
+@pytest.mark.mpi
+def test_links_of_combine_with_nodes_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMM_RANKS_PER_NODE", "2")
+    path, rates = tmp_path / "lines.jsonl", {"nvlink_gbs": 0.001, "rdma_gbs": 40.0}
+    given = ["--nvlink-gbs", "0.001", "--rdma-gbs", "40"]
+    printed = shown("combine", *TINY, *given, "--tokens", "200", "--json", str(path), launcher=mpirun(4))
+    lines = read(path)
+    check_links(lines, printed, rates)
+    assert {line["bound"] for line in lines} == {"nvlink", None}
+
+
+@pytest.mark.mpi
+def test_a_sweep(tmp_path: Path) -> None:
+    path, plot = tmp_path / "lines.jsonl", tmp_path / "lines.svg"
+    swept = ["--hidden", "128,256", "--tokens", "3,5", "--ranks-per-node", "2,1", "--wire", "fp8", "--nvlink-gbs", "9"]
+    shown("combine", *TINY, *swept, "--json", str(path), launcher=mpirun(2))
+    ours = [line for line in read(path) if line["layout"] == "expert_major"]
+    runs = [(line["geometry"]["hidden"], line["geometry"]["tokens"], line["ranks_per_node"]) for line in ours]
+    assert runs == list(itertools.product((128, 256), (3, 5), (2, 1)))
+    for line in ours:
+        assert line.keys() == KEYS
+        # Between nodes there is no rate.
+        assert (line["expected_us"] is None) == (line["ranks_per_node"] == 1)
+        (quiet,) = {"between_nodes", "inside_node"} - {
+            "inside_node" if line["ranks_per_node"] == 2 else "between_nodes"
+        }
+        assert all(each[quiet] == 0 for each in line["rank_sent_bytes"])
+    if importlib.util.find_spec("matplotlib"):
+        with pytest.raises(ValueError, match=r"one number of hidden, got \[128, 256\]"):
+            plot_exchange.draw(ours, plot)
+        with pytest.raises(ValueError, match=r"one number of ranks per node, got \[1, 2\]"):
+            plot_exchange.draw(ours[:2], plot)
+
+
+def test_no_time_is_expected_without_rates() -> None:
+    sent = links.Sent("flat", (Traffic(1, 2, 3, 4),) * 2)
+    for topology, rates in (
+        (Topology(2, 2), links.LinkRates(rdma_gbs=1.0)),
+        (Topology(2, 1), links.LinkRates(nvlink_gbs=1.0)),
+        (Topology(1, 1), links.LinkRates(1.0, 1.0)),
+    ):
+        found = links.figures({}, topology, sent, rates)
+        assert [found[name] for name in ("expected_us", "bound", "expected_ratio")] == [None] * 3
+        assert {name for name in found if name.startswith("expected")} == {name for name in KEYS if "expected" in name}
+    assert links.Sent("flat", tuple(Traffic(n, 0, 10 * n, 0) for n in range(6))).nodes(Topology(6, 3)) == (
+        Traffic(3, 0, 30, 0),
+        Traffic(12, 0, 120, 0),
+    )
+
+
+def _what_nvshmem_must_give(rank: int, num_ranks: int) -> list[bool]:
+    """Ask the benchmarks' oracle for what nvshmem's combine gives, with relays and without."""
+    group = dist.group.WORLD
+    assert group is not None
+    member = Member(group, rank, num_ranks, torch.device("cpu"), 30.0)
+    geometry = workload.Geometry(tokens=9, hidden=128, topk=3, experts=8)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(9, 128, generator=generator).bfloat16()
+    idx = workload.make_routing("uniform", geometry, 0, rank, num_ranks)
+    work = workload.Workload(member, geometry, x, idx, torch.rand(9, 3, generator=generator), ranks_per_node=2)
+    measured: Any = SimpleNamespace(backend="nvshmem", topology=Topology(4, 2))
+    inputs = harness.gather(member, (idx, work.topk_weights))
+    rows = [
+        reference_exchange.arrange(
+            each,
+            [i for i, _ in inputs],
+            [w for _, w in inputs],
+            num_experts=8,
+            recv_layout="expert_major",
+            alignment=128,
+        )
+        for each in range(num_ranks)
+    ]
+    found = []
+    for ranks_per_node in (2, 1):
+        there = dataclasses.replace(work, ranks_per_node=ranks_per_node)
+        with there.buffer(WirePrecision(combine_fwd="mxfp4"), "collective") as buffer:
+            received, handle = buffer.dispatch(x, idx, work.topk_weights, recv_layout="expert_major")
+            y = torch.randn(*received.x.shape[:-1], 128, generator=generator).bfloat16()
+            by_collective = buffer.combine(y, handle)
+        got = oracle.expected_combine(measured, work, y, handle, "mxfp4", True)
+        (want,) = reference_exchange.combine(
+            harness.gather(member, y),
+            rows,
+            [9] * num_ranks,
+            wire=cases.MXFP4,
+            weighted=True,
+            ranks=[rank],
+            ranks_per_node=ranks_per_node,
+            rounds_inside=ranks_per_node == 2,
+        )
+        found += [torch.equal(got, want), torch.equal(got, by_collective)]
+    return found
+
+
+def test_the_oracle_of_nvshmem(pool4: RankPool) -> None:
+    # With relays its sums are rounded twice, those of collective once; without, both are alike.
+    assert pool4.run(_what_nvshmem_must_give) == [[True, False, True, True]] * 4
+
+
+def test_the_ceiling_is_that_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of two nodes of two stores to rank 0 alone, whose bytes it looks at."""
+    member: Any = SimpleNamespace(rank=1, num_ranks=4, device=torch.device("cpu"))
+    topology, freed, asked, stored = Topology(4, 2), [], [], []
+    monkeypatch.setattr(harness, "_PEER_BYTES", 1024)
+    local = torch.ones(4 * 1024, dtype=torch.uint8)
+    memory = SimpleNamespace(local=local, peers=[4096, 0, 0, 0], free=lambda: freed.append(True))
+
+    def allocate(*arguments: object) -> Any:
+        asked.append(arguments)
+        return memory
+
+    def launch(kernels: object, stream: int, source: torch.Tensor, peers: Sequence[int]) -> None:
+        stored.append(list(peers))
+        local[:1024] = harness._pattern(0, member.device)
+
+    def time_once(call: Callable[[], object]) -> harness.Timing:
+        call()
+        return harness.Timing(0.5, 0.5, 0.5, (0.5,))
+
+    clock: Any = SimpleNamespace(time=time_once)
+    monkeypatch.setattr(harness, "allocate", allocate)
+    monkeypatch.setattr(harness, "launch_peer_store", launch)
+    monkeypatch.setattr(harness, "settle", lambda member: None)
+    monkeypatch.setattr(harness, "KernelLoader", lambda device, waits: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    assert harness.peer_store_gbs(clock, member, "nvshmem", topology) == pytest.approx(1024 / 0.5 / 1e3)
+    assert asked == [("nvshmem", 4096, member, topology.same_node)]
+    assert stored == [[4096 + 1024]]
+    assert freed
+    assert harness.peer_store_gbs(clock, member, "nvshmem", Topology(4, 1)) is None
 
 
 @pytest.mark.mpi
@@ -220,6 +438,9 @@ def test_a_wrong_result_ends_the_run() -> None:
         (["--wire", "fp8,fp5"], "got 'fp5'"),
         (["--hidden", "200"], "hidden must be a multiple of 128, got 200"),
         (["--iterations", "0"], "must be positive, got 0"),
+        (["--rdma-gbs", "0"], "must be positive, got 0.0"),
+        (["--ranks-per-node", "0"], "ranks_per_node must be positive, got 0"),
+        (["--ranks-per-node", "3"], "ranks_per_node must divide the 1 ranks, got 3"),
         (["--tokens", "1,x"], "must be integers with commas between, got '1,x'"),
         (["--tokens", "4,0"], "got 0"),
         (["--plot", "a.svg"], "--from FILE and --plot FILE go together"),
@@ -257,9 +478,10 @@ def test_percentile() -> None:
 
 
 def test_figures() -> None:
-    timing = harness.Timing(100.0, 120.0, 50.0, (100.0,))
+    timing = harness.Timing(100.0, 120.0, 50.0, (90.0, 100.0, 80.0, 100.0))
     row = harness.Row("dispatch", "fp8", "token_major", timing, 10_000, 1000, 900, metadata_bytes=20)
-    run = harness.Run("", {}, hidden=7168, ceiling_gbs=200.0, nccl_us=250.0)
+    rates = links.LinkRates()
+    run = harness.Run("", {}, Topology(4, 4), hidden=7168, ceiling_gbs=200.0, nccl_us=250.0, rates=rates)
     found = harness.figures(row, run)
     assert found["remote_bytes"] == 10_000_000
     assert found["physical_gbs"] == pytest.approx(100.0)
@@ -270,6 +492,9 @@ def test_figures() -> None:
     assert hot["remote_bytes"] == 10_000_000
     assert found["nccl_bf16_ratio"] == pytest.approx(2.5)
     assert found["remote_metadata_bytes"] == 20_000
+    assert found["slowest_rank"] == 1
+    # The ceiling is that of NVLink, over which only a part goes then.
+    assert harness.figures(row, dataclasses.replace(run, topology=Topology(4, 2)))["limit_ratio"] is None
 
 
 @pytest.mark.parametrize("routing", workload.ROUTINGS)

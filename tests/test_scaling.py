@@ -14,19 +14,20 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import BF16, FP8, MXFP4, Case
-from ranks import RankPool
+from cases import BF16, FP8, MXFP4, Case, Routes
+from ranks import NODES, Target, targets
 
-from qcomm import resources, scaling
-from qcomm.formats import WIRE_KINDS
+from qcomm import BufferStats, resources, scaling, stats, tuning
+from qcomm.formats import WIRE_KINDS, WireFormat
 from qcomm.records import MetadataLayout, RecordLayout
-from qcomm.scaling import FORMS, Call, Fit, Form, Rates, Traffic
+from qcomm.scaling import FORMS, Call, Fit, Form, Link, Rates, Traffic
 from qcomm.topology import Topology
 from qcomm.tuning import OPS, Op
 
 sys.path.insert(0, str(resources.find("benchmarks")))
 
 import calibration
+import simulate
 import workload
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -140,33 +141,114 @@ def test_limits() -> None:
                 assert ports["rdma_out"].sum() == ports["rdma_in"].sum()
 
 
-def _reported(rank: int, num_ranks: int, case: Case) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    inputs = cases.make_inputs(case, num_ranks)
-    with cases.make_buffer(case, num_ranks, "cpu", "collective") as buffer:
-        recv, handle = cases.dispatch(buffer, case, inputs)
-        y = torch.zeros(*recv.x.shape[:-1], case.hidden, dtype=torch.bfloat16)
-        buffer.combine(y, handle, weighted=case.weighted)
-        found = buffer.stats()
-    return found.tokens_sent, found.tokens_received, found.dispatch_bytes, found.combine_bytes
+@dataclasses.dataclass(frozen=True)
+class Reported:
+    """What one rank's buffer said of a case."""
+
+    topology: Topology
+    form: Form
+    stats: BufferStats
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-@pytest.mark.parametrize("routed", ["some", "half", "one"])
-def test_flat_bytes_are_those_that_buffers_report(pool4: RankPool, routed: Any, nodes: int) -> None:
-    case = Case(wire=MXFP4, combine_wire=FP8 if routed == "half" else BF16, routes=routed, hidden=256)
+def _reported(
+    rank: int,
+    num_ranks: int,
+    device: str,
+    backend: str,
+    sent: Sequence[Case],
+    ranks_per_node: int | None,
+    tuned: dict[str, int],
+) -> list[Reported]:
+    found = []
+    for case in sent:
+        inputs = cases.make_inputs(case, num_ranks)
+        with (
+            tuning.force(**tuned),
+            cases.make_buffer(case, num_ranks, device, backend, ranks_per_node=ranks_per_node) as buffer,
+        ):
+            recv, handle = cases.dispatch(buffer, case, inputs)
+            y = torch.zeros(*recv.x.shape[:-1], case.hidden, dtype=torch.bfloat16, device=buffer.device)
+            buffer.combine(y, handle, weighted=case.weighted)
+            form: Form = "hierarchical" if handle.relayed else "flat"
+            found.append(Reported(buffer.topology, form, buffer.stats()))
+    return found
+
+
+def check_bytes(case: Case, backend: str, ranks: Sequence[Reported]) -> None:
+    """Require that the simulator counts what the ranks did, to the byte."""
+    first, num_ranks = ranks[0], len(ranks)
+    topology, form, inputs = first.topology, first.form, cases.make_inputs(case, num_ranks)
+    assert {(each.topology, each.form) for each in ranks} == {(topology, form)}
     assert case.combine_wire is not None
-    traffic = scaling.count(cases.make_inputs(case, 4).topk_idxs, 12, of_nodes(nodes, 4 // nodes), "flat")
-    sent, received, dispatched, combined = zip(*pool4.run(_reported, case), strict=True)
-    pairs = traffic.direct + traffic.rdma
-    assert pairs.tolist() == [list(each) for each in sent]
-    assert pairs.T.tolist() == [list(each) for each in received]
-    legs: tuple[tuple[Op, tuple[int, ...], Any], ...]
-    legs = ("dispatch", dispatched, case.wire), ("combine", combined, case.combine_wire)
-    for op, bytes_sent, wire in legs:
-        ports = (traffic if op == "dispatch" else traffic.reversed()).ports()
-        records = ports["nvlink_out"] + ports["rdma_out"]
-        call = Call(op=op, wire=wire.kind, hidden=case.hidden, num_topk=case.num_topk)
-        assert ((call.physical_bytes - call.metadata_bytes) * records).tolist() == list(bytes_sent)
+    num_experts, where = case.num_local_experts * num_ranks, f"{case}, {backend}, {form}, {topology}"
+    dispatched = scaling.count(inputs.topk_idxs, num_experts, topology, form)
+    legs: tuple[tuple[Op, Traffic, WireFormat, list[stats.Traffic]], ...] = (
+        ("dispatch", dispatched, case.wire, [each.stats.dispatch_traffic for each in ranks]),
+        ("combine", dispatched.reversed(), case.combine_wire, [each.stats.combine_traffic for each in ranks]),
+    )
+    for op, traffic, wire, measured in legs:
+        # Statistics leave metadata out, as a call without routing does.
+        call = Call(
+            op=op,
+            wire=wire.kind,
+            hidden=case.hidden,
+            num_topk=case.num_topk,
+            routed=False,
+            rounds_inside=backend != "collective",
+        )
+        simulated = simulate.figures(call, traffic, RATES)
+        links: tuple[tuple[Link, str], ...] = (("nvlink", "inside_node"), ("rdma", "between_nodes"))
+        for link, kind in links:
+            records, found = traffic.ports()[f"{link}_out"], [getattr(each, kind) for each in measured]
+            logical = [getattr(each, f"{kind}_logical") for each in measured]
+            assert found == (records * call.bytes_on(link, form)).tolist(), f"{op}, {kind}: {where}"
+            assert logical == (records * call.logical_bytes).tolist(), f"{op}, {kind}: {where}"
+            assert max(found) == simulated[f"{link}_out_bytes"], f"{op}, {kind}: {where}"
+            assert max(logical) == simulated[f"{link}_out_logical_bytes"], f"{op}, {kind}: {where}"
+    if form == "flat" and topology.relays:
+        return
+    # A token crosses to each node that it reaches but its own, once, and its sum comes back as often.
+    crossings = [
+        len({topology.node(e // case.num_local_experts) for e in token if e >= 0} - {topology.node(rank)})
+        for rank, idx in enumerate(inputs.topk_idxs)
+        for token in idx.tolist()
+    ]
+    for _, _, wire, measured in legs:
+        record_bytes = RecordLayout(wire.kind, case.hidden).num_bytes
+        assert sum(each.between_nodes for each in measured) == sum(crossings) * record_bytes, where
+
+
+@targets(4, nodes=NODES)
+def test_bytes_are_those_that_buffers_report(target: Target) -> None:
+    routed: tuple[Routes, ...] = ("some", "half", "one")
+    wires = ((BF16, FP8), (FP8, MXFP4), (MXFP4, BF16))
+    sent = [
+        Case(wire=wire, combine_wire=back, routes=to, hidden=256, weighted=weighted)
+        for to, weighted in zip(routed, (True, False, True), strict=True)
+        for wire, back in wires
+    ]
+    # One host's nodes, and every rank as one. nvshmem goes by way of relays only where tokens are many.
+    ways = [None, 1] if target.ranks_per_node else [None]
+    modes: list[dict[str, int]] = [{}, {"decode_tokens": 0}] if target.backend == "nvshmem" else [{}]
+    forms = set()
+    for ranks_per_node, tuned in itertools.product(ways, modes):
+        for case, *ranks in zip(sent, *target.run(_reported, sent, ranks_per_node, tuned), strict=True):
+            check_bytes(case, target.backend, ranks)
+            forms.add(ranks[0].form)
+    assert forms == ({"flat", "hierarchical"} if (target.ranks_per_node or 1) > 1 else {"flat"})
+
+
+def test_sums_inside_a_node() -> None:
+    combine = Call(op="combine", wire="mxfp4", hidden=256, num_topk=1, rounds_inside=False)
+    assert [combine.bytes_on(link, form) for form in FORMS for link in ("nvlink", "rdma")] == [144, 144, 1024, 144]
+    rounded, dispatch = (
+        dataclasses.replace(combine, **other) for other in ({"rounds_inside": True}, {"op": "dispatch"})
+    )
+    assert rounded.bytes_on("nvlink", "hierarchical") == 144
+    assert dispatch.bytes_on("nvlink", "hierarchical") == 144 + MetadataLayout(1).num_bytes
+    near = dataclasses.replace(one_to_one("hierarchical", "direct", 500), relayed=torch.zeros(4, 4, dtype=torch.int64))
+    times = [scaling.expected_time(call, near, RATES).nvlink_us for call in (rounded, combine)]
+    assert times == pytest.approx([500 * 144 / 200 / 1e3, 500 * 1024 / 200 / 1e3])
 
 
 @pytest.mark.parametrize("wire", WIRE_KINDS)

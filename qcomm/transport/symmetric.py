@@ -61,18 +61,21 @@ def running_nvshmem() -> tuple[int, int] | None:
     return int(nvshmem.my_pe()), int(nvshmem.n_pes())
 
 
-def allocate(provider: str, num_bytes: int, member: Member) -> SymmetricMemory:
+def allocate(
+    provider: str, num_bytes: int, member: Member, near: Callable[[int, int], bool] | None = None
+) -> SymmetricMemory:
     """Allocate symmetric memory. Collective.
 
     Args:
         provider: "nvshmem" (the heap of nvshmem4py) or "torch" (torch.distributed's symmetric memory).
         num_bytes: the same on every rank.
         member: this rank's place.
+        near: as for `NvshmemMemory`; "torch" serves ranks that all reach each other.
 
     Raises:
         QcommUnsupportedError: the provider cannot serve this group.
     """
-    return NvshmemMemory(num_bytes, member) if provider == "nvshmem" else TorchMemory(num_bytes, member)
+    return NvshmemMemory(num_bytes, member, near) if provider == "nvshmem" else TorchMemory(num_bytes, member)
 
 
 class NvshmemMemory:
