@@ -62,6 +62,10 @@ class Tuning:
         if self.num_sms is not None:
             validate.positive("num_sms", self.num_sms)
 
+    def is_few(self, num_tokens: int) -> bool:
+        """Tell whether one kernel does a call of so many tokens of a rank, perhaps of none."""
+        return 0 < self.decode_tokens >= num_tokens
+
     @property
     def constants(self) -> dict[str, int]:
         """What sending kernels are compiled with."""

@@ -56,7 +56,7 @@ def _properties(rank: int, num_ranks: int, device: str, backend: str) -> None:
         assert (buffer.rank, buffer.num_ranks, buffer.num_local_experts) == (rank, num_ranks, 3)
         assert buffer.backend == backend
         assert buffer.backend_reason
-        assert (buffer.symmetric_bytes > 0) == (backend == "nvlink")
+        assert (buffer.symmetric_bytes > 0) == (backend != "collective")
         assert buffer.device.type == device
 
 

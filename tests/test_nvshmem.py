@@ -185,7 +185,11 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
         recv, handle = buffer.dispatch(x, idx, static=True)
         buffer.dispatch(x, handle=handle)
         buffer.combine(recv.x.to(torch.bfloat16), handle)
-    names = [launch.kernel for launch in cuda.launches]
+        names = [launch.kernel for launch in cuda.launches]
+        # A rank without tokens sends none, but forwards those of others.
+        buffer.dispatch(x[:0], idx[:0], static=True)
+        found = [launch.kernel for launch in cuda.launches[len(names) :]]
+        assert found == (["dispatch_decode"] if decode_tokens else ["route", *names[2:5]])
     if decode_tokens:
         assert names == ["dispatch_decode", "barrier", "dispatch_send", "dispatch_recv", "combine_decode"]
         assert handle.forward is None

@@ -144,8 +144,8 @@ def is_decode(
     launcher: Launcher, handle: DispatchHandle, wire: WireFormat, row_values: torch.Tensor | None = None
 ) -> bool:
     """Tell whether one kernel can do it, and is faster than a barrier, a send and a receive: where tokens are few."""
-    most = launcher.tuning("combine", wire).decode_tokens
-    few = handle.num_tokens <= most and handle.record_src_token.shape[0] <= most * launcher.comm.num_ranks
+    tuning, num_records = launcher.tuning("combine", wire), handle.record_src_token.shape[0]
+    few = tuning.is_few(handle.num_tokens) and num_records <= tuning.decode_tokens * launcher.comm.num_ranks
     return few and row_values is None
 
 

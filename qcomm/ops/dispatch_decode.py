@@ -77,7 +77,7 @@ def dispatch_decode_spec(
 def suits(launcher: Launcher, options: DispatchOptions, num_tokens: int) -> bool:
     """Tell whether a dispatch can be done by one kernel, and is faster by it."""
     room = MAX_BLOCK_SHARED_BYTES - _STATIC_SHARED_BYTES - _BUDGET.shared_bytes
-    few = num_tokens <= launcher.tuning("dispatch", options.wire).decode_tokens
+    few = launcher.tuning("dispatch", options.wire).is_few(num_tokens)
     few = few and table_bytes(launcher, num_tokens) <= room
     return few and options.static and not options.columnwise and stays_in_bits(options.recv_dtype, options.wire)
 
