@@ -33,9 +33,7 @@ def specs(hidden: int, num_topk: int, *, forwarding: bool) -> list[KernelSpec]:
     found = [spec for spec in all_specs(hidden, num_topk, defaults) if spec.name != "peer_store"]
     if forwarding:
         found = [spec for spec in found if not spec.name.endswith("_decode")]
-        found += [
-            forward.dispatch_forward_spec(WireFormat(k), hidden, num_topk, defaults["dispatch"]) for k in WIRE_KINDS
-        ]
+        found += [forward.dispatch_forward_spec(WireFormat(k), hidden, num_topk) for k in WIRE_KINDS]
         found += [forward.combine_forward_spec(wire, hidden, num_topk) for wire in WIRES]
     # One of a name, of MXFP4: to NVSHMEM wires and inputs are alike, and nvlink's kernels are compiled for all.
     # The receivers differ from nvlink's by a stride alone.

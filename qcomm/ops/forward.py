@@ -10,10 +10,11 @@ from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Budget, Comm, Launcher, Quantizer, Teams, encoding, send_teams, spec, wire_constants
 from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
-from qcomm.tuning import Tuning
 
 _BUDGET = Budget(warps=8, team_warps=1, registers=64, shared_bytes=92 * 1024, stages=16)
-_SENDERS = 2
+_SENDERS = 4
+_FLAGS = {"in_flight": 4, "flags_together": 2}
+"""A quarter of the blocks that send without relays send nearly as much here, so each has more under way."""
 _SUM_THREADS = 512
 _SUM_REGISTERS = 64
 _ROTATED_SUM_THREADS = 256
@@ -43,7 +44,7 @@ class CombineForwardParams(ctypes.Structure):
     )
 
 
-def dispatch_forward_spec(wire: WireFormat, hidden: int, num_topk: int, tuning: Tuning) -> KernelSpec:
+def dispatch_forward_spec(wire: WireFormat, hidden: int, num_topk: int) -> KernelSpec:
     """Build the spec of `dispatch_forward`; of the wire only its kind matters."""
     sharing = _teams(wire, hidden, num_topk)
     return spec(
@@ -52,7 +53,7 @@ def dispatch_forward_spec(wire: WireFormat, hidden: int, num_topk: int, tuning: 
         num_topk=num_topk,
         sizeof_dispatch_forward=ctypes.sizeof(DispatchForwardParams),
         senders=sharing.senders,
-        **tuning.constants,
+        **_FLAGS,
         **sharing.constants(_BUDGET),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
     )
@@ -79,11 +80,11 @@ def launch_dispatch_forward(
     """
     assert handle.forward is not None
     plain, num_topk = WireFormat(wire.kind), handle.record_topk_idx.shape[1]
-    tuning, sharing = launcher.tuning("dispatch", wire), _teams(plain, hidden, num_topk)
+    sharing = _teams(plain, hidden, num_topk)
     params = DispatchForwardParams(
         launcher.comm, handle.forward.counts.data_ptr(), handle.forward.slots.data_ptr(), replays
     )
-    kernel = launcher.kernels.get(dispatch_forward_spec, plain, hidden, num_topk, tuning)
+    kernel = launcher.kernels.get(dispatch_forward_spec, plain, hidden, num_topk)
     grid = launcher.forward_blocks("dispatch", wire)
     kernel.launch(grid, sharing.threads, sharing.shared_bytes, stream, params)
 
