@@ -281,3 +281,65 @@ def test_storage_table_tool(tmp_path: Path) -> None:
         "| mxfp4 | 200.0 | 900.0 | 12.50 | 0.000 | 2.250 |",
     ]
     assert "commit 0123456789ab-dirty" in text
+
+
+def test_training_table_tool(tmp_path: Path) -> None:
+    about = {
+        "command": "mpirun -n 2 python examples/train_moe.py",
+        "commit": "0123456789abcdef",
+        "machine": {"devices": "2 x NVIDIA H200", "torch": "2.11.0"},
+        "settings": {"steps": 1200, "batch": 64, "length": 512},
+        "parameters": 140_000_000,
+    }
+    rows: list[dict[str, object]] = []
+    for preset, seed, loss in (
+        ("bf16", 0, 0.8),
+        ("bf16", 1, 0.9),
+        ("paper", 0, 0.804),
+        ("paper", 1, 0.9),
+        ("fp8", 0, 1),
+    ):
+        run_name = f"{preset}:{seed}"
+        end = {"held_out_loss": loss, "step_ms": 50.0, "held_bytes": 2e9, "peak_bytes": 3e9}
+        rows.append({"kind": "run", "run": run_name, "preset": preset, "seed": seed, **about})
+        rows.append({"kind": "end", "run": run_name, **end})
+    text = written_table(tmp_path, "training.md", "training", "train-h100-x2.jsonl", rows)
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table[2] == "| bf16:0 | 0.8000 | 0.00 | 50.0 | 2000 | 3000 |"
+    assert table[4] == "| paper:0 | 0.8040 | 0.50 | 50.0 | 2000 | 3000 |"
+    for fact in ("paper +0.25 % (2 seeds), fp8 +25.00 % (1 seed)", "are 11.76 % apart", "2 x NVIDIA H200 a run"):
+        assert fact in text
+
+
+def test_layer_table_tool(tmp_path: Path) -> None:
+    about = {
+        "command": "mpirun -n 4 python -m qcomm bench layer",
+        "commit": "0123456789abcdef",
+        "machine": {"devices": "4 x NVIDIA H200", "torch": "2.11.0", "nccl": "2.28.9"},
+        "geometry": {"tokens": 4096, "hidden": 7168, "topk": 8, "experts": 64, "intermediate": 2048},
+        "recompute": "swiglu",
+    }
+    times = dict.fromkeys(("forward_p50_us", "backward_p50_us", "total_p50_us", "total_host_us"), 2500.0)
+    time = {"section": "time", "layer": "paper", **times, "comm_total_p50_us": 500.0, "comm_share": 0.2}
+    product = {"product": "mm", "operands": "fp8", "backend": "loop", "timing": {"p50_us": 90.4}, "tflops": 800.4}
+    kept = {"section": "memory", "keep": "mxfp4", "held": 5e6, "peak": 7e6, "of_bf16": 0.266, "of_fp8": 0.5154}
+    most = {"section": "largest", "stack": 16, "budget": 2**34}
+    rows = [
+        {**about, **time, "nccl_ratio": 1.5},
+        {**about, "section": "product", **product, "taken": True},
+        {**about, "section": "product", **product, "taken": False},
+        {**about, **kept},
+        {**about, **most, "keep": "bf16", "tokens": 1000},
+        {**about, **most, "keep": "mxfp4", "tokens": 2100},
+    ]
+    text = written_table(tmp_path, "training.md", "layer", "layer-h100-x4.jsonl", rows)
+    for row in (
+        "| paper | 2.50 | 2.50 | 2.50 | 2.50 | 0.50 | 20 % | 1.50x |",
+        "| mm | fp8 | loop | yes | 90 | 800 |",
+        "| mm | fp8 | loop |  | 90 | 800 |",
+        "| mxfp4 | swiglu | 5 | 7 | 0.266 | 0.515 |",
+        "| mxfp4 | 2100 | 2.10x |",
+    ):
+        assert row in text.splitlines()
+    for fact in ("16 layers", "16 GiB", "top-8 of 64 experts of 2048; 4 x NVIDIA H200", "commit 0123456789ab"):
+        assert fact in text

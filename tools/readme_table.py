@@ -5,7 +5,8 @@ FILE it is the file that the table links to, or else the only one in benchmarks/
 The table of docs/formats.md is that of the last run in benchmarks/results/quality-cpu.jsonl, where that file exists;
 that of docs/accuracy.md that of benchmarks/results/accuracy-cpu.jsonl; the tables of docs/performance.md, and the
 README's of the codec, that of benchmarks/results/codec-h200.jsonl; the table of docs/storage.md that of
-benchmarks/results/storage-h200.jsonl; those of docs/scaling.md that of benchmarks/results/scaling*.jsonl and of
+benchmarks/results/storage-h200.jsonl; those of docs/training.md that of benchmarks/results/train-h100-x2.jsonl and
+benchmarks/results/layer-h100-x4.jsonl; those of docs/scaling.md that of benchmarks/results/scaling*.jsonl and of
 qcomm/scaling.json.
 --check writes nothing and exits with 1 if a table is out of date, or is not there though there are results.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ STORAGE_PAGE, STORAGE_RESULTS = "docs/storage.md", f"{RESULTS}/storage-h200.json
 STORAGE_BEGIN, STORAGE_END = "<!-- bench:storage -->", "<!-- /bench:storage -->"
 STORAGE_RUN_KEYS = ("command", "commit", "machine", "geometry", "iterations", "seed")
 
+TRAINING_PAGE = "docs/training.md"
+TRAINING_RESULTS, LAYER_RESULTS = f"{RESULTS}/train-h100-x2.jsonl", f"{RESULTS}/layer-h100-x4.jsonl"
+TRAINING_MARKS = "<!-- bench:training -->", "<!-- /bench:training -->"
+LAYER_MARKS = "<!-- bench:layer -->", "<!-- /bench:layer -->"
+
 SCALING_PAGE, SCALING_FIT = "docs/scaling.md", "qcomm/scaling.json"
 SCALING_RESULTS = (f"{RESULTS}/scaling.jsonl", f"{RESULTS}/scaling-skewed.jsonl")
 SCALING_MARKS = "<!-- bench:scaling -->", "<!-- /bench:scaling -->"
@@ -66,10 +72,10 @@ def split(page: Path, begin_mark: str = BEGIN, end_mark: str = END) -> tuple[str
 
 def dispatch_lines(path: Path) -> list[Line]:
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [line for line in lines if line["benchmark"] == "dispatch"]
+    return [line for line in lines if line.get("benchmark") == "dispatch"]
 
 
-def short_commit(line: Line) -> str:
+def short_commit(line: Mapping[str, Any]) -> str:
     if not line["commit"]:
         return "unknown"
     sha, *dirty = line["commit"].split("-")
@@ -318,6 +324,98 @@ def render_storage(lines: list[Line]) -> str:
     return markdown(headers, 1, rows) + "\n" + "".join(f"{line}\n" for line in about)
 
 
+def render_training(path: Path) -> str:
+    """Returns the block of docs/training.md with a row a run, and the curves."""
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    import plot_training
+
+    runs = plot_training.read(path)
+    against = plot_training.against_bf16(runs)
+    rows = []
+    for name, lines in runs.items():
+        end = lines[-1]
+        sizes = (f"{end[key] / 1e6:.0f}" for key in ("held_bytes", "peak_bytes"))
+        above = number(against.same_seed.get(name), 2)
+        rows.append((name, f"{end['held_out_loss']:.4f}", above, f"{end['step_ms']:.1f}", *sizes))
+    firsts = [lines[0] for lines in runs.values()]
+    first, settings = firsts[0], firsts[0]["settings"]
+    above_bf16: dict[str, list[float]] = {}
+    for name, value in against.same_seed.items():
+        above_bf16.setdefault(runs[name][0]["preset"], []).append(value)
+    means = [
+        f"{preset} {sum(values) / len(values):+.2f} % ({len(values)} seed{'s' * (len(values) > 1)})"
+        for preset, values in above_bf16.items()
+        if preset != "bf16"
+    ]
+    about = [
+        f"Above BF16 of the same seed, on average: {', '.join(means)}.",
+        f"The seeds of BF16 are {number(against.spread, 2)} % apart.",
+        f"{settings['steps']} steps of {settings['batch']} x {settings['length']} bytes;",
+        f"{first['machine']['devices']} a run, torch {first['machine']['torch']}.",
+        "Commands:",
+        *(f"`{command}`," for command in dict.fromkeys(line["command"] for line in firsts)),
+        f"commit {short_commit(first)}. {LINK}{TRAINING_RESULTS}](../{TRAINING_RESULTS}).",
+        "",
+        f"![Losses by step](../{Path(TRAINING_RESULTS).with_suffix('.svg').as_posix()})",
+    ]
+    headers = ("run", "held-out loss", "vs same seed %", "step ms", "held MB", "peak MB")
+    return markdown(headers, 1, rows) + "\n" + "".join(f"{line}\n" for line in about)
+
+
+def render_layer(path: Path) -> str:
+    """Returns the block of docs/training.md with the times, products and memory of the layer."""
+    lines: list[Line] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    by_section: dict[str, list[Line]] = {}
+    for line in lines:
+        by_section.setdefault(line["section"], []).append(line)
+    keys = ("forward_p50_us", "backward_p50_us", "total_p50_us", "total_host_us", "comm_total_p50_us")
+    times = [
+        (
+            line["layer"],
+            *(f"{line[key] / 1e3:.2f}" for key in keys),
+            f"{100 * line['comm_share']:.0f} %",
+            f"{line['nccl_ratio']:.2f}x",
+        )
+        for line in by_section["time"]
+    ]
+    products = [
+        (
+            *(line[key] for key in ("product", "operands", "backend")),
+            "yes" if line["taken"] else "",
+            f"{line['timing']['p50_us']:.0f}",
+            f"{line['tflops']:.0f}",
+        )
+        for line in by_section["product"]
+    ]
+    memory = [
+        (
+            *(line[key] for key in ("keep", "recompute")),
+            *(f"{line[key] / 1e6:.0f}" for key in ("held", "peak")),
+            *(f"{line[key]:.3f}" for key in ("of_bf16", "of_fp8")),
+        )
+        for line in by_section["memory"]
+    ]
+    largest = [
+        (line["keep"], f"{line['tokens']}", f"{line['tokens'] / by_section['largest'][0]['tokens']:.2f}x")
+        for line in by_section["largest"]
+    ]
+    first, most = lines[0], by_section["largest"][0]
+    sizes, machine = first["geometry"], first["machine"]
+    parts = [
+        markdown(("layer", "forward ms", "backward", "both", "host", "exchange", "its share", "vs NCCL"), 1, times),
+        markdown(("product", "operands", "by", "taken", "us", "TFLOP/s"), 4, products),
+        markdown(("keep", "recompute", "held MB", "peak MB", "held of bf16's", "of fp8's"), 2, memory),
+        f'Most tokens a rank with which {most["stack"]} layers, `recompute="{most["recompute"]}"`, keep at most '
+        f"{most['budget'] / 2**30:g} GiB:\n",
+        markdown(("keep", "tokens", "of bf16's"), 1, largest),
+        f"{sizes['tokens']} tokens a rank of {sizes['hidden']}, top-{sizes['topk']} of {sizes['experts']} experts of "
+        f"{sizes['intermediate']}; {machine['devices']}, torch {machine['torch']}, NCCL {machine['nccl']}.\nCommands:\n"
+        + "".join(f"`{command}`,\n" for command in dict.fromkeys(line["command"] for line in lines))
+        + f"commit {short_commit(first)}. {LINK}{LAYER_RESULTS}](../{LAYER_RESULTS}).\n",
+    ]
+    return "\n".join(parts)
+
+
 def by_nodes(lines: list[Line], keys: Sequence[str], value: Callable[[Line], str]) -> str:
     """Returns a table of a row a number of nodes; `keys` tell the columns apart, and name them."""
     cells = {(line["num_nodes"], tuple(line[key] for key in keys)): value(line) for line in lines}
@@ -412,6 +510,14 @@ def update_storage(repo: Path, check: bool) -> None:
         put(repo / STORAGE_PAGE, repo, STORAGE_RESULTS, (STORAGE_BEGIN, STORAGE_END), wanted, check)
 
 
+def update_training(repo: Path, check: bool) -> None:
+    if (repo / TRAINING_RESULTS).exists():
+        wanted = render_training(repo / TRAINING_RESULTS)
+        put(repo / TRAINING_PAGE, repo, TRAINING_RESULTS, TRAINING_MARKS, wanted, check)
+    if (repo / LAYER_RESULTS).exists():
+        put(repo / TRAINING_PAGE, repo, LAYER_RESULTS, LAYER_MARKS, render_layer(repo / LAYER_RESULTS), check)
+
+
 def update_scaling(repo: Path, check: bool) -> None:
     if all((repo / name).exists() for name in SCALING_RESULTS):
         put(repo / SCALING_PAGE, repo, SCALING_RESULTS[0], SCALING_MARKS, render_scaling(repo), check)
@@ -430,6 +536,7 @@ def main() -> None:
     update_accuracy(repo, given.check)
     update_codec(repo, given.check)
     update_storage(repo, given.check)
+    update_training(repo, given.check)
     update_scaling(repo, given.check)
     readme = repo / "README.md"
     before, block, after = split(readme)
