@@ -17,7 +17,7 @@ from qcomm.bootstrap import process_group
 from qcomm.config import BufferConfig, Member
 from qcomm.handle import Owner
 from qcomm.jit import KernelSpec
-from qcomm.transport import nvlink
+from qcomm.transport import calls, nvlink
 from qcomm.transport.nvlink import NvlinkTransport
 
 _NUM_SMS = 132
@@ -26,11 +26,13 @@ _NUM_SMS = 132
 class FakeStream:
     """Stands for a torch.cuda.Stream; `before` holds the launches that end before the next one here begins."""
 
-    def __init__(self, number: int) -> None:
-        self.cuda_stream = number
+    def __init__(self, number: int, cuda: FakeCuda) -> None:
+        self.cuda_stream, self.cuda = number, cuda
         self.before: frozenset[int] = frozenset()
 
     def wait_event(self, event: FakeEvent) -> None:
+        # CUDA knows no event of a capture outside of it, nor one of outside in a capture.
+        assert event.captured is self.cuda.capturing
         self.before |= event.before
 
     def wait_stream(self, other: FakeStream) -> None:
@@ -42,9 +44,10 @@ class FakeEvent:
 
     def __init__(self) -> None:
         self.before: frozenset[int] = frozenset()
+        self.captured = False
 
     def record(self, stream: FakeStream) -> None:
-        self.before = stream.before
+        self.before, self.captured = stream.before, stream.cuda.capturing
 
 
 class Launch(NamedTuple):
@@ -75,7 +78,7 @@ class FakeCuda:
         self.users: list[FakeStream] = []
 
     def make_stream(self, device: object = None, priority: int = 0) -> FakeStream:
-        self._streams.append(FakeStream(len(self._streams)))
+        self._streams.append(FakeStream(len(self._streams), self))
         return self._streams[-1]
 
     def current_stream(self) -> FakeStream:
@@ -149,8 +152,9 @@ def nvlink_buffer(
         return NvlinkTransport(config, member, owner, stream, None, "torch")
 
     monkeypatch.setattr(nvlink, "torch", _Torch(cuda))
+    monkeypatch.setattr(calls, "torch", _Torch(cuda))
     monkeypatch.setattr(nvlink, "allocate", allocate)
-    monkeypatch.setattr(nvlink, "record_stream", cuda.record_stream)
+    monkeypatch.setattr(calls, "record_stream", cuda.record_stream)
     monkeypatch.setattr(nvlink, "KernelLoader", lambda *_, **__: cuda)
     monkeypatch.setattr(buffer_module, "create", create)
     with process_group(use_cuda=False) as launch, Buffer(device=launch.device, **shape) as buffer:

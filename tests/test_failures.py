@@ -177,7 +177,7 @@ def _silent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
         else:
             # Comes to the barrier and sends nothing.
             transport: Any = buffer._transport
-            with transport._call(False) as started:
+            with transport._calls.begin() as started:
                 launch_barrier(transport._launcher, started.stream, None)
             cases.sync(buffer)
         buffer.reset()

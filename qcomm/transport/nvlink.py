@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ from qcomm.transport.base import (
     received,
     routing_error,
 )
-from qcomm.transport.streams import record_stream
+from qcomm.transport.calls import Call, Calls
 from qcomm.transport.symmetric import SymmetricMemory, abandon, allocate
 from qcomm.tuning import Tunings
 
@@ -76,9 +76,8 @@ class NvlinkTransport:
         provider: str,
     ) -> None:
         self._config, self._member, self._owner = config, member, owner
-        self._comm_stream = comm_stream
+        self._calls = Calls(member.device, comm_stream)
         self._send_stream = torch.cuda.Stream(member.device, priority=-1)
-        self._last: torch.cuda.Event | None = None
         self._sequence = 0
         self._guess: dict[str, int] = {}
         device = torch.cuda.get_device_properties(member.device)
@@ -113,7 +112,7 @@ class NvlinkTransport:
     ) -> tuple[Received, DispatchHandle, Ending]:
         _check_addresses(x)
         hidden = self._config.hidden
-        with self._call(options.async_op, x, topk_idx, topk_weights) as call:
+        with self._begin(options, x, topk_idx, topk_weights) as call:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
             draft, ordinals, source_starts = self._draft(topk_idx, topk_weights, options)
             placement = Placement.of(draft, source_starts, overflows)
@@ -143,7 +142,7 @@ class NvlinkTransport:
 
     def replay(self, x: WireInput, handle: DispatchHandle, options: DispatchOptions) -> tuple[Received, Ending]:
         _check_addresses(x)
-        with self._call(options.async_op, x, handle) as call:
+        with self._begin(options, x, handle) as call:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
             launch_barrier(self._launcher, call.stream, overflows)
             self._send(call, x, handle, None, options.wire, options.seed)
@@ -166,7 +165,7 @@ class NvlinkTransport:
         options: CombineOptions,
     ) -> tuple[Sums, Ending]:
         _check_addresses(y)
-        with self._call(options.async_op, y, row_values, handle) as call:
+        with self._begin(options, y, row_values, handle) as call:
             sums = combine.allocate(handle, self._config.hidden, row_values is not None)
             if not options.split and combine.is_decode(self._launcher, handle, options.wire, row_values):
                 combine.launch_decode(self._launcher, call.stream, y, handle, options, sums)
@@ -221,7 +220,7 @@ class NvlinkTransport:
         self._reports.zero_()
         self._chunks.zero_()
         torch.cuda.synchronize(self._member.device)
-        self._last = None
+        self._calls.forget()
         synchronize_hosts(self._member)
 
     def _tune(self, tunings: Tunings) -> Tunings:
@@ -271,6 +270,12 @@ class NvlinkTransport:
         """Launch what sends sums."""
         with call.beside(self._send_stream) as stream:
             combine.launch_send(self._launcher, stream, y, row_values, handle, options)
+
+    def _begin(
+        self, options: DispatchOptions | CombineOptions, *inputs: object
+    ) -> contextlib.AbstractContextManager[Call]:
+        """Begin a call, whose event somebody keeps if it is async or split."""
+        return self._calls.begin(*inputs, async_op=options.async_op, keeps_event=options.async_op or options.split)
 
     def _comm(self) -> Comm:
         config, member, layout = self._config, self._member, self._layout
@@ -378,13 +383,12 @@ class NvlinkTransport:
     def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
         """Wait for what comes, which `count` tells the host; raise if a rank cannot take part."""
         member, host = self._member, self._host_view
-        counted = torch.cuda.Event()
-        counted.record()
         spins = 0
         while host[count.HOST_SEQUENCE] != self._sequence:
             spins += 1
             if spins % _SPINS_PER_QUERY == 0:
-                counted.query()  # the kernels end by their deadline; a broken CUDA context raises here
+                # The kernels end by their deadline; a broken CUDA context raises here.
+                torch.cuda.current_stream().query()
         if not host[count.HOST_READY]:
             while not self._reports_view.timeout.code:
                 pass
@@ -427,7 +431,7 @@ class NvlinkTransport:
         """Leave the receive of a call, which launches on a stream what fills the results, to its hook."""
 
         def rest() -> None:
-            with self._call(False) as resumed:
+            with self._calls.begin() as resumed:
                 if resumed.captured != call.captured:
                     raise self._capture_error(call.captured, resumed.captured)
                 resumed.follow(call, *results)
@@ -435,27 +439,6 @@ class NvlinkTransport:
                     launch(resumed.stream)
 
         return Ending(call.event, rest)
-
-    @contextlib.contextmanager
-    def _call(self, async_op: bool, *inputs: object) -> Iterator[Call]:
-        """Order a call after the one before it, on the stream it runs on."""
-        with torch.cuda.device(self._member.device):
-            caller = torch.cuda.current_stream()
-            main = self._comm_stream if async_op else caller
-            if async_op:
-                main.wait_stream(caller)
-                record_stream(main, *inputs)
-            capturing = torch.cuda.is_current_stream_capturing()
-            if self._last is not None and not capturing:
-                main.wait_event(self._last)
-            call = Call(main, caller, capturing)
-            try:
-                with torch.cuda.stream(main) if async_op else contextlib.nullcontext():
-                    yield call
-            finally:
-                call.join()
-                if not capturing:
-                    self._last = call.event
 
 
 class _Counts(NamedTuple):
@@ -478,48 +461,6 @@ def _cut(draft: DispatchHandle, counts: _Counts) -> DispatchHandle:
         num_tokens_per_expert_list=counts.per_expert,
         recv_counts=tuple(b - a for a, b in itertools.pairwise(counts.offsets)),
     )
-
-
-class Call:
-    """One call in flight: its streams, and the event that ends it."""
-
-    def __init__(self, main: torch.cuda.Stream, caller: torch.cuda.Stream, captured: bool) -> None:
-        self._main, self._caller = main, caller
-        self.captured = captured
-        self.stream = main.cuda_stream
-        self.event = torch.cuda.Event()
-        self._open = True
-        self._beside: list[torch.cuda.Stream] = []
-
-    @contextlib.contextmanager
-    def beside(self, stream: torch.cuda.Stream) -> Iterator[int]:
-        """Launch on another stream what comes next, behind what the main stream holds so far."""
-        stream.wait_stream(self._main)
-        self._beside.append(stream)
-        yield stream.cuda_stream
-
-    def keep(self, *results: object) -> None:
-        """Tell the allocator that the caller's stream uses the results of an async call."""
-        if self._main != self._caller:
-            record_stream(self._caller, *results)
-
-    def follow(self, split: Call, *results: object) -> None:
-        """Go on behind a split call, filling its results."""
-        self._main.wait_event(split.event)
-        if self._main != split._main:
-            record_stream(self._main, *results)
-
-    def join(self) -> None:
-        """End the call, unless that was done: the main stream waits for the others."""
-        if self._open:
-            for stream in self._beside:
-                self._main.wait_stream(stream)
-            self.event.record(self._main)
-            self._open = False
-
-    def reopen(self) -> None:
-        """Say that more was launched after `join`."""
-        self._open = True
 
 
 def _check_addresses(x: WireInput) -> None:

@@ -26,7 +26,8 @@ from qcomm.ops.comm import Nodes, State
 from qcomm.ops.dispatch import Routing
 from qcomm.records import NodesLayout, nodes_layout
 from qcomm.topology import Topology
-from qcomm.transport.nvlink import Call, NvlinkTransport
+from qcomm.transport.calls import Call
+from qcomm.transport.nvlink import NvlinkTransport
 from qcomm.transport.symmetric import NvshmemMemory, SymmetricMemory
 from qcomm.tuning import Tuning, Tunings
 
