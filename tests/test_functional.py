@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qcomm
 from qcomm import Buffer, FP8Tensor, Received, WireFormat, WirePrecision, reference, reference_exchange
-from qcomm.formats import RecvDtype, RecvLayout
+from qcomm.formats import RecvDtype, RecvLayout, Rounding
 from qcomm.gradients import BACKWARD_SEED
 
 BY_EXPERT = ("expert_major", "batched")
@@ -234,6 +234,46 @@ def test_gradients_are_the_oracles(target: Target) -> None:
     todo += [(dataclasses.replace(BASE, static=True), (MXFP4, BF16, FP8, BF16), weighted) for weighted in (False, True)]
     todo += [(dataclasses.replace(BASE, counts="zero"), (BF16,) * 4, True)]
     cases.no_problems(target.run(_against_the_oracle, todo))
+
+
+def _gradients_by_seed(
+    rank: int, num_ranks: int, device: str, backend: str, backward: WireFormat, num_seeds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens' gradients `[seeds, tokens, hidden]` with these backward legs, and those of BF16's."""
+    case = dataclasses.replace(BASE, routes="random", num_topk=2)
+    inputs = cases.make_inputs(case, num_ranks)
+    found = []
+    for legs, seeds in (((BF16, BF16, backward, backward), range(num_seeds)), ((BF16,) * 4, range(1))):
+        with _buffer(case, legs, num_ranks, device, backend) as buffer:
+            idx, upstream = inputs.topk_idxs[rank].to(buffer.device), _upstream(inputs)[rank].to(buffer.device)
+            x = _leaf(inputs.xs[rank], buffer.device)
+            gradients: list[torch.Tensor] = []
+            for seed in seeds:
+                recv, handle = qcomm.dispatch(x, idx, None, buffer, recv_dtype="bf16", seed=seed)
+                out = qcomm.combine(recv.x, handle, seed=seed)
+                gradients += torch.autograd.grad(out, x, upstream)
+            found.append(torch.stack(gradients).cpu())
+    return found[0], found[1][0]
+
+
+@targets(2, gpu_sizes=(2,))
+def test_aggressive_gradients_are_unbiased(target: Target) -> None:
+    """Their mean over seeds is BF16's gradient as nearly as their spread lets it be; rounded to nearest it is not."""
+    num_seeds = 24
+    aggressive = WirePrecision.aggressive().leg("combine", backward=True)
+    nearest = dataclasses.replace(aggressive, rounding=MXFP4.rounding)
+    errors: dict[Rounding, list[tuple[float, float]]] = {}
+    for wire in (aggressive, nearest):
+        for sampled, exact in target.run(_gradients_by_seed, wire, num_seeds):
+            sampled, exact = sampled.double(), exact.double()
+            assert exact.norm() > 0
+            off = (sampled.mean(0) - exact).norm() / exact.norm()
+            spread = (sampled - sampled.mean(0)).square().sum(0).div(num_seeds - 1).sum().sqrt() / exact.norm()
+            errors.setdefault(wire.rounding, []).append((float(off), float(spread) / num_seeds**0.5))
+    # Sums are rounded to bfloat16 once more, by 2^-9 at most, whose mean is not nothing.
+    assert all(off < 1.1 * standard + 2.0**-9 for off, standard in errors[aggressive.rounding])
+    assert all(off > 0.05 and standard == 0 for off, standard in errors[nearest.rounding])
+    assert all(standard > 0.01 for _, standard in errors[aggressive.rounding])
 
 
 class _Dequantize(torch.autograd.Function):
