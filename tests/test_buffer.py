@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from bit_patterns import equal_bits
 from cases import BF16, MAX_TOKENS, Case
-from ranks import RankPool, Target, targets
+from ranks import DeviceKind, RankPool, Target, need_gpus, targets
 
 from qcomm import (
     Buffer,
@@ -86,7 +86,33 @@ def _subgroup(rank: int, num_ranks: int, device: str, backend: str) -> None:
 
 @targets(3, gpu_sizes=(4,))
 def test_group_of_some_ranks(target: Target) -> None:
+    if target.backend == "nvshmem":
+        pytest.skip("the processes of the pool have an NVSHMEM of all four")
     target.run(_subgroup)
+
+
+def _side_by_side(rank: int, num_ranks: int, device: str, backend: str) -> None:
+    half = num_ranks // 2
+    groups = [dist.new_group(list(range(first, first + half))) for first in (0, half)]
+    with cases.make_buffer(CASE, half, device, backend, group=groups[rank // half], ranks_per_node=1) as buffer:
+        assert (buffer.backend, buffer.rank, buffer.num_ranks) == (backend, rank % half, half)
+        for seed in range(3 + rank // half):
+            cases.works(buffer, dataclasses.replace(CASE, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "collective"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("collective", "nvshmem"))],
+)
+def test_groups_side_by_side(device: DeviceKind, backend: str) -> None:
+    """Two groups of half the ranks each at once, not in step; with nvshmem each has an NVSHMEM of its own."""
+    if device == "cuda":
+        need_gpus(4)
+    pool = RankPool(4, device)
+    try:
+        pool.run(_side_by_side, device, backend)
+    finally:
+        pool.close()
 
 
 def _two_buffers(rank: int, num_ranks: int, device: str, backend: str) -> None:
