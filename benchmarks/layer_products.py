@@ -40,7 +40,7 @@ def in_use(device: torch.device) -> dict[str, str]:
     for product in _KINDS:
         for fp8 in (False, True):
             found[f"{product} {'fp8' if fp8 else 'bf16'}"] = products.choose(
-                fp8, device.type, _running(product, device)
+                product, fp8, device.type, _running(product, device)
             )
     return found
 

@@ -142,21 +142,23 @@ def test_operands_of_two_kinds_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fp8", "device_type", "runs", "want"),
+    ("product", "fp8", "device_type", "runs", "want"),
     [
-        (True, "cpu", FP8_BACKENDS, "reference"),
-        (False, "cpu", (), "reference"),
-        (True, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8"), "torch_fp8"),
-        (True, "cuda", ("torch_bf16", "deep_gemm"), "deep_gemm"),
-        (True, "cuda", ("torch_bf16", "torch_fp8_loop"), "torch_fp8_loop"),
-        (True, "cuda", ("torch_bf16",), "torch_bf16"),
-        (True, "cuda", (), "loop"),
-        (False, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8"), "torch_bf16"),
-        (False, "cuda", ("deep_gemm",), "loop"),
+        ("mm", True, "cpu", FP8_BACKENDS, "reference"),
+        ("mm", False, "cpu", (), "reference"),
+        ("mm", True, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8"), "torch_fp8"),
+        ("mm", True, "cuda", ("torch_bf16", "deep_gemm"), "deep_gemm"),
+        ("mm", True, "cuda", ("torch_bf16", "torch_fp8_loop"), "torch_fp8_loop"),
+        ("mm", True, "cuda", ("torch_bf16",), "torch_bf16"),
+        ("mm", True, "cuda", (), "loop"),
+        ("mm", False, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8"), "torch_bf16"),
+        ("mm", False, "cuda", ("deep_gemm",), "loop"),
+        ("wgrad", True, "cuda", ("torch_bf16", "deep_gemm", "torch_fp8_loop"), "torch_fp8_loop"),
+        ("wgrad", True, "cuda", ("torch_bf16", "deep_gemm"), "deep_gemm"),
     ],
 )
-def test_choice(fp8: bool, device_type: str, runs: Collection[Backend], want: Backend) -> None:
-    assert choose(fp8, device_type, runs) == want
+def test_choice(product: Product, fp8: bool, device_type: str, runs: Collection[Backend], want: Backend) -> None:
+    assert choose(product, fp8, device_type, runs) == want
 
 
 def test_a_backend_that_raises_or_is_wrong_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,15 @@ Product = Literal["mm", "wgrad"]
 Backend = Literal["torch_fp8", "deep_gemm", "torch_fp8_loop", "torch_bf16", "loop", "reference"]
 
 FP8_BACKENDS: tuple[Backend, ...] = ("torch_fp8", "deep_gemm", "torch_fp8_loop")
-"""Torch's scaled grouped product, DeepGEMM, and torch's scaled product expert by expert, in the order of preference."""
+"""Torch's scaled grouped product, DeepGEMM, and torch's scaled product expert by expert."""
 BF16_BACKENDS: tuple[Backend, ...] = ("torch_bf16", "loop")
 
+_FP8_ORDER: dict[Product, tuple[Backend, ...]] = {
+    "mm": FP8_BACKENDS,
+    # DeepGEMM adds to float32 there: zeros before, rounding after, 18 bytes moved for an element that has 2.
+    "wgrad": ("torch_fp8", "torch_fp8_loop", "deep_gemm"),
+}
+"""What is taken, the first that runs."""
 _SCALES_MULTIPLE = 4
 _PROBE_ERROR = 2.0**-6
 """Largest relative error of a probe's result: of bfloat16's rounding and FP8 accumulation, not of a wrong scale."""
@@ -63,6 +69,18 @@ class Groups:
     def host(self) -> tuple[int, ...]:
         """Return the offsets on the host; waits for the device where they are not there."""
         return self.on_host if self.on_host is not None else tuple(self.offsets.tolist())
+
+    def experts(self, num_rows: int) -> torch.Tensor:
+        """Return each row's expert, `[num_rows]` int32, -1 past the last group; computed once for a number of rows."""
+        if num_rows not in self._experts:
+            rows = torch.arange(num_rows, dtype=torch.int32, device=self.offsets.device)
+            found = torch.searchsorted(self.offsets[1:], rows, right=True, out_int32=True)
+            self._experts[num_rows] = torch.where(found < self.offsets.numel() - 1, found, -1)
+        return self._experts[num_rows]
+
+    @functools.cached_property
+    def _experts(self) -> dict[int, torch.Tensor]:
+        return {}
 
     def argument(self) -> list[int] | torch.Tensor:
         """Return the offsets as the column-wise conversions take them."""
@@ -125,21 +143,22 @@ def grouped_wgrad(d_y: Columns, x: Columns, groups: Groups, shape: tuple[int, ..
         return _WGRAD[backend](d_y, x, groups, shape)
 
 
-def choose(fp8: bool, device_type: str, runs: Collection[Backend]) -> Backend:
+def choose(product: Product, fp8: bool, device_type: str, runs: Collection[Backend]) -> Backend:
     """Choose what computes a product.
 
     Args:
+        product: which one.
         fp8: whether the operands are FP8.
         device_type: where they are.
         runs: what has been found to run there.
 
     Returns:
-        On the CPU the reference. On CUDA the first that runs of FP8_BACKENDS, for FP8 operands only, torch's BF16
-        grouped product and a loop over the experts.
+        On the CPU the reference. On CUDA the first that runs of, for FP8 operands, FP8_BACKENDS in the product's order;
+        then torch's BF16 grouped product and a loop over the experts.
     """
     if device_type != "cuda":
         return "reference"
-    order = (*FP8_BACKENDS, *BF16_BACKENDS) if fp8 else BF16_BACKENDS
+    order = (*_FP8_ORDER[product], *BF16_BACKENDS) if fp8 else BF16_BACKENDS
     return next(backend for backend in order if backend == "loop" or backend in runs)
 
 
@@ -164,9 +183,10 @@ def probe(product: Product, device: torch.device) -> dict[Backend, str]:
 
 def _pick(product: Product, fp8: bool, device: torch.device) -> Backend:
     if device.type != "cuda":
-        return choose(fp8, device.type, ())
+        return choose(product, fp8, device.type, ())
     absent = probe(product, device)
-    backend = choose(fp8, device.type, [name for name in (*FP8_BACKENDS, *BF16_BACKENDS) if name not in absent])
+    running = [name for name in (*FP8_BACKENDS, *BF16_BACKENDS) if name not in absent]
+    backend = choose(product, fp8, device.type, running)
     if fp8 and backend not in FP8_BACKENDS:
         reasons = "; ".join(f"{name}: {absent[name]}" for name in FP8_BACKENDS)
         _notice(
@@ -355,9 +375,7 @@ def _scaled_mm(
 def _deep_gemm_mm(x: Rows, w: Weights, groups: Groups) -> torch.Tensor:
     assert isinstance(x, FP8Tensor)
     assert isinstance(w, FP8BlockTensor)
-    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    experts = torch.searchsorted(groups.offsets[1:], rows, right=True, out_int32=True)
-    experts = torch.where(experts < w.shape[0], experts, -1)
+    experts = groups.experts(x.shape[0])
     out = torch.empty(x.shape[0], w.shape[1], dtype=torch.bfloat16, device=x.device)
     _deep_gemm().m_grouped_fp8_gemm_nt_contiguous((x.data, x.sf), (w.data, w.sf), out, experts)
     return out
