@@ -40,6 +40,7 @@ $(STAMP): pyproject.toml $(INSTALLERS)
 	test -x $(BIN)/python || $(PYTHON) tools/make_venv.py $(VENV)
 	python tools/install_torch.py
 	python -m pip install -qq -e ".[$$(python tools/machine.py extras)]"
+	-python -m pip install -qq --prefix $(VENV)/mpich mpich  # beside Open MPI, for a test that starts ranks by it
 	touch $@
 
 # Leaves the environment: `rm -r .venv` is one's own decision.

@@ -19,9 +19,9 @@ ENVIRONMENT = {
 }
 
 
-def _launch(command: list[str], num_ranks: int) -> None:
+def _launch(command: list[str], num_ranks: int, **environment: str) -> None:
     done = subprocess.run(
-        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        command, env=os.environ | ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     for rank in range(num_ranks):
@@ -36,6 +36,16 @@ def test_mpirun() -> None:
         pytest.skip("mpirun is neither beside python nor on PATH")
     flags = ["-n", "3", "--oversubscribe", "--bind-to", "none"]
     _launch([mpirun, *flags, sys.executable, str(PROGRAM), "mpirun", "3"], 3)
+
+
+@pytest.mark.mpi
+def test_mpich() -> None:
+    mpich = Path(sys.prefix) / "mpich"
+    mpiexec = mpich / "bin" / "mpiexec.hydra"
+    if not mpiexec.exists():
+        pytest.skip(f"needs MPICH in {mpich}, where make venv puts it")
+    command = [str(mpiexec), "-n", "3", sys.executable, str(PROGRAM), "mpirun", "3"]
+    _launch(command, 3, MPI4PY_LIBMPI=str(mpich / "lib" / "libmpi.so.12"))
 
 
 def test_torchrun() -> None:
