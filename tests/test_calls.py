@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -54,3 +55,21 @@ def test_events_are_used_again(monkeypatch: pytest.MonkeyPatch, kept: dict[str, 
         assert len(events) == 2 * made
         if "async_op" in kept:
             assert [each[-1] for each in found] == events
+
+
+def test_a_handle_is_cut_as_if_by_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with nvlink_buffer(monkeypatch, FakeCuda(), **SHAPE) as (buffer, _):
+        whole = buffer.dispatch(*inputs(), torch.ones(400, 1), static=True)[1]
+    changes = {"num_rows": 7, "rows_per_expert": 3, "num_tokens_per_expert_list": (3, 4), "recv_counts": (7,)}
+    assert whole.row_weights is not None
+    views = {"row_src": whole.row_src[:7], "row_weights": whole.row_weights[:7]}
+    want, found = dataclasses.replace(whole, **changes, **views), whole.cut(*changes.values())  # type: ignore[arg-type]
+    for field in dataclasses.fields(whole):
+        a, b = getattr(found, field.name), getattr(want, field.name)
+        if field.name in views:
+            assert (a.data_ptr(), a.shape, a.dtype) == (b.data_ptr(), b.shape, b.dtype)
+        else:
+            assert a is b or a == b, field.name
+    assert whole.num_rows > 7
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.num_rows = 8  # type: ignore[misc]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -345,7 +344,7 @@ class Receive:
 def cut(payload: Payload, num_rows: int) -> Payload:
     """Cut a result of `Receive.can_guess` to its first rows."""
     sf = None if payload.sf is None else payload.sf[:num_rows]
-    return dataclasses.replace(payload, x=payload.x[:num_rows], sf=sf)
+    return Payload(payload.x[:num_rows], sf, None, None, payload.spread_overflows)
 
 
 def pads(handle: DispatchHandle) -> bool:

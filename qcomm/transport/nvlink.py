@@ -378,7 +378,8 @@ class NvlinkTransport:
             call.reopen()
         else:
             payload = dispatch.cut(payload, num_rows)
-        return _cut(draft, counts), payload
+        recv_counts = tuple(b - a for a, b in itertools.pairwise(counts.offsets))
+        return draft.cut(num_rows, rows_per_expert, counts.per_expert, recv_counts), payload
 
     def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
         """Wait for what comes, which `count` tells the host; raise if a rank cannot take part."""
@@ -393,16 +394,15 @@ class NvlinkTransport:
             while not self._reports_view.timeout.code:
                 pass
             raise self._timeout_error(self._reports_view.timeout)
-        bad_rank, bad_token = int(host[count.HOST_BAD_RANK]), int(host[count.HOST_BAD_TOKEN])
+        words = host.tolist()
+        bad_rank, bad_token = words[count.HOST_BAD_RANK], words[count.HOST_BAD_TOKEN]
         if bad_rank == member.rank:
             raise routing_error(member.rank, bad_token, topk_idx[bad_token].tolist(), self._config.num_experts)
         if bad_rank >= 0:
             raise peer_routing_error(member.rank, bad_rank, bad_token)
         first = count.HOST_FIXED + member.num_ranks + 1
-        offsets = host[count.HOST_FIXED : first].tolist()
-        per_expert = tuple(host[first:].tolist())
-        rows = (int(host[count.HOST_ROWS]), int(host[count.HOST_ROWS_PER_EXPERT]))
-        return _Counts(offsets, per_expert, rows)
+        rows = words[count.HOST_ROWS], words[count.HOST_ROWS_PER_EXPERT]
+        return _Counts(words[count.HOST_FIXED : first], tuple(words[first:]), rows)
 
     def _timeout_error(self, report: Report) -> QcommTimeoutError:
         phase = PHASES[report.phase]
@@ -447,20 +447,6 @@ class _Counts(NamedTuple):
     offsets: list[int]
     per_expert: tuple[int, ...]
     rows: tuple[int, int]
-
-
-def _cut(draft: DispatchHandle, counts: _Counts) -> DispatchHandle:
-    """Cut what users see of a worst-case handle to what comes; the host's time here is part of every call."""
-    rows, rows_per_expert = counts.rows
-    return dataclasses.replace(
-        draft,
-        num_rows=rows,
-        rows_per_expert=rows_per_expert,
-        row_src=draft.row_src[:rows],
-        row_weights=None if draft.row_weights is None else draft.row_weights[:rows],
-        num_tokens_per_expert_list=counts.per_expert,
-        recv_counts=tuple(b - a for a, b in itertools.pairwise(counts.offsets)),
-    )
 
 
 def _check_addresses(x: WireInput) -> None:
