@@ -16,7 +16,7 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-from commands import mpirun, start
+from commands import in_turn, mpirun, start
 from ranks import RankPool, need_gpus
 
 from qcomm import reference_exchange, resources, scaling
@@ -449,7 +449,7 @@ def test_a_wrong_result_ends_the_run() -> None:
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
-    done = start(sys.executable, "-m", "qcomm", "bench", "combine", *arguments)
+    done = in_turn("bench", "combine", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

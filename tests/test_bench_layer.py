@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import mpirun, start
+from commands import in_turn, mpirun, start
 from ranks import need_gpus
 
 from qcomm import resources
@@ -114,7 +114,7 @@ def test_a_wrong_result_ends_the_run() -> None:
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
-    done = start(sys.executable, "-m", "qcomm", "bench", "layer", *arguments)
+    done = in_turn("bench", "layer", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPO, start
+from commands import REPO, in_turn
 
 from qcomm import resources, scaling
 from qcomm.config import BufferConfig
@@ -29,7 +29,7 @@ COMMITTED = [RESULTS / "scaling.jsonl", RESULTS / "scaling-skewed.jsonl"]
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    done = start(sys.executable, "-m", "qcomm", "simulate", *arguments)
+    done = in_turn("simulate", *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -97,7 +97,10 @@ def test_rates_and_samples(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_use(arguments: list[str], message: str) -> None:
-    assert message in run(*arguments, code=2)
+    done = in_turn("simulate", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_calibration_writes_what_ships(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import mpirun, start
+from commands import in_turn, mpirun, start
 from ranks import need_gpus
 
 from qcomm import trace
@@ -94,7 +94,7 @@ def test_command_on_gpus(ranks: int, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
-    done = command(*arguments)
+    done = in_turn("trace", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

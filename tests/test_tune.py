@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import mpirun, start
+from commands import in_turn, mpirun, start
 from ranks import need_gpus
 
 from qcomm import resources, tuning
@@ -128,14 +128,14 @@ def test_there_is_nothing_to_tune_on_the_cpu(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
-    done = start(sys.executable, "-m", "qcomm", "tune", *arguments)
+    done = in_turn("tune", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_help_is_the_scripts() -> None:
-    done = start(sys.executable, "-m", "qcomm", "tune", "--help")
+    done = in_turn("tune", "--help")
     assert done.returncode == 0
     for words in ("usage: python -m qcomm tune", "--decode-tokens", "one kernel"):
         assert words in done.stdout
