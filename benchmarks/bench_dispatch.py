@@ -1,10 +1,12 @@
 """Time dispatch on each wire and receive layout, beside NCCL, DeepEP where it is installed, and the peer-store ceiling.
 
-Geometry: on GPUs 4096 tokens a rank of 7168, top-8 of 256 experts, BF16 in; on the CPU 64 of 256, top-4 of 16.
+Geometry: on GPUs 4096 tokens a rank of 7168, top-8 of 256 experts; on the CPU 64 of 256, top-4 of 16. Tokens are BF16,
+or with --input fp8 quantized before the clock starts.
 
     mpirun -n 4 python -m qcomm bench dispatch
     mpirun -n 4 python -m qcomm bench dispatch --wire mxfp4 --recv-layout expert_major --json dispatch.jsonl
     mpirun -n 4 python -m qcomm bench dispatch --tokens 1024,4096,16384 --wire mxfp4 --json dispatch.jsonl
+    mpirun -n 4 python -m qcomm bench dispatch --input fp8 --recv-layout expert_major
     mpirun -n 4 python -m qcomm bench dispatch --ranks-per-node 2 --nvlink-gbs 350 --rdma-gbs 45
     python -m qcomm bench dispatch --from dispatch.jsonl --plot dispatch.svg     (no GPU)
 
@@ -85,7 +87,7 @@ def _calls(
     work: workload.Workload, buffer: Buffer, layout: RecvLayout, recv_dtype: RecvDtype
 ) -> tuple[dict[str, Dispatch], DispatchHandle]:
     """Return the calls by name, and the route that those which need one follow. Collective."""
-    x = work.x
+    x = work.given
 
     def routed(*, static: bool) -> tuple[Received, DispatchHandle]:
         return buffer.dispatch(

@@ -16,8 +16,10 @@ from workload import Workload
 
 from qcomm import reference_exchange
 from qcomm.buffer import Buffer
+from qcomm.exchange import WireInput
 from qcomm.formats import RecvDtype, RecvLayout, WireFormat, WireKind, WirePrecision
 from qcomm.handle import DispatchHandle, Received
+from qcomm.moe.quantize import quantize_rows
 
 Fields = Mapping[str, torch.Tensor | None]
 _ALIGNMENT = 128
@@ -59,7 +61,7 @@ def expected_dispatch(
         return _reference_dispatch(work, wire, layout, recv_dtype, columnwise)
     with work.buffer(WirePrecision(dispatch_fwd=wire), "collective") as buffer:
         received, handle = buffer.dispatch(
-            work.x,
+            work.given,
             work.topk_idx,
             work.topk_weights,
             recv_layout=layout,
@@ -194,6 +196,7 @@ def _reference_combine(
     return out
 
 
-def _everyones_inputs(work: Workload) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+def _everyones_inputs(work: Workload) -> tuple[list[WireInput], list[torch.Tensor], list[torch.Tensor]]:
     everyone = harness.gather(work.member, (work.x.cpu(), work.topk_idx.cpu(), work.topk_weights.cpu()))
-    return [x for x, _, _ in everyone], [idx for _, idx, _ in everyone], [weights for _, _, weights in everyone]
+    xs: list[WireInput] = [x if work.input == "bf16" else quantize_rows(x) for x, _, _ in everyone]
+    return xs, [idx for _, idx, _ in everyone], [weights for _, _, weights in everyone]

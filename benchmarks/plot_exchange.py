@@ -36,6 +36,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     for name, values in (
         ("hidden", {line["geometry"]["hidden"] for line in lines}),
         ("ranks per node", {line.get("ranks_per_node") for line in lines}),
+        ("inputs", {line.get("input", "bf16") for line in lines}),
     ):
         if len(values) > 1:
             raise ValueError(f"lines to be drawn must have one number of {name}, got {sorted(values)}")

@@ -123,6 +123,7 @@ def describe(
         "num_ranks": session.member.num_ranks,
         "geometry": dataclasses.asdict(work.geometry),
         "routing": flags.routing,
+        "input": work.input,
         "seed": flags.seed,
         "iterations": workload.iterations(flags, session.member),
         "num_sms": flags.num_sms,
@@ -143,6 +144,7 @@ def _title(
     library = f"NCCL {machine['nccl']}" if machine["nccl"] else "gloo"
     limit = f"{ceiling:.0f} GB/s" if ceiling else "none"
     num_sms = f", {flags.num_sms} SMs a kernel" if flags.num_sms else ""
+    num_sms += "" if work.input == "bf16" else f", {work.input} in"
     return (
         f"{machine['devices']}, {num_ranks} ranks, {sizes.tokens} tokens a rank of {sizes.hidden}, top-{sizes.topk} of "
         f"{sizes.experts} experts, {flags.routing} routing, torch {machine['torch']}, {library}, "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import plotting
 import torch
@@ -16,6 +17,7 @@ import torch
 from qcomm import topology, validate
 from qcomm.buffer import Buffer
 from qcomm.config import BufferConfig, Member
+from qcomm.exchange import WireInput
 from qcomm.formats import (
     RECV_DTYPES,
     RECV_LAYOUTS,
@@ -25,10 +27,13 @@ from qcomm.formats import (
     WireKind,
     WirePrecision,
 )
+from qcomm.moe.quantize import quantize_rows
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose
 
 ROUTINGS = ("uniform", "skewed", "hot-rank", "one-expert")
 _WIRES: tuple[WireKind, ...] = ("mxfp4", "fp8", "bf16")
+InputKind = Literal["bf16", "fp8"]
+INPUT_KINDS: tuple[InputKind, ...] = ("bf16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +76,15 @@ class Flags:
     ranks_per_node: int | None = None
     nvlink_gbs: float | None = None
     rdma_gbs: float | None = None
+    input: InputKind = "bf16"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """One rank's part of the exchange: `x` `[tokens, hidden]` bfloat16, the other two `[tokens, topk]`."""
+    """One rank's part of the exchange: `x` `[tokens, hidden]` bfloat16, the next two `[tokens, topk]`.
+
+    `given` is what dispatch gets: x, or x in FP8.
+    """
 
     member: Member
     geometry: Geometry
@@ -83,6 +92,11 @@ class Workload:
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
     ranks_per_node: int | None = None
+    input: InputKind = "bf16"
+
+    @functools.cached_property
+    def given(self) -> WireInput:
+        return self.x if self.input == "bf16" else quantize_rows(self.x)
 
     def buffer(
         self, precision: WirePrecision, backend: str, provider: str = "auto", num_sms: int | None = None
@@ -127,6 +141,8 @@ def parse(
     parser.add_argument("--recv-layout", type=layouts, action="extend", help="repeatable, or a comma list")
     if dispatch:
         parser.add_argument("--recv-dtype", choices=("auto", *RECV_DTYPES), default="auto")
+        inputs = "what dispatch gets: fp8 has 1x128 scales, and leaves out the bf16 wire"
+        parser.add_argument("--input", choices=INPUT_KINDS, default="bf16", help=inputs)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--num-sms", type=_positive, metavar="N", help="SMs of each communication kernel")
     virtual = "virtual nodes; default: the hosts; a run for each"
@@ -139,8 +155,11 @@ def parse(
     if (given.lines is None) != (given.plot is None):
         parser.error("--from FILE and --plot FILE go together")
     recv_dtype: RecvDtype | None = given.recv_dtype if dispatch and given.recv_dtype != "auto" else None
+    shared = shared_flags(given)
+    if dispatch and given.input == "fp8":
+        shared["wires"] = tuple(wire for wire in shared["wires"] if wire != "bf16")
     return Flags(
-        **shared_flags(given),
+        **shared,
         sweep={name: getattr(given, name) for name in _SWEPT if getattr(given, name) is not None},
         recv_dtype=recv_dtype,
         recv_layouts=tuple(cast("list[RecvLayout]", given.recv_layout or recv_layouts)),
@@ -150,6 +169,7 @@ def parse(
         plot=given.plot,
         nvlink_gbs=given.nvlink_gbs if links else None,
         rdma_gbs=given.rdma_gbs if links else None,
+        input=given.input if dispatch else "bf16",
     )
 
 
@@ -217,7 +237,7 @@ def make(flags: Flags, geometry: Geometry, member: Member) -> Workload:
     x = torch.randn(geometry.tokens, geometry.hidden, generator=generator, device=member.device)
     weights = torch.rand(geometry.tokens, geometry.topk, generator=generator, device=member.device)
     idx = make_routing(flags.routing, geometry, flags.seed, member.rank, member.num_ranks).to(member.device)
-    return Workload(member, geometry, x.to(torch.bfloat16), idx, weights, flags.ranks_per_node)
+    return Workload(member, geometry, x.to(torch.bfloat16), idx, weights, flags.ranks_per_node, flags.input)
 
 
 def iterations(flags: Flags, member: Member) -> int:

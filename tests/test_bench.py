@@ -423,6 +423,14 @@ def test_batched_layout_and_other_formats() -> None:
     assert [row[:3] for row in rows[3:]] == [[call, "mxfp4", "batched"] for call in ("dispatch", "replay", "static")]
 
 
+def test_tokens_in_fp8(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    rows = bench("dispatch", *TINY, "--input", "fp8", "--recv-layout", "expert_major", "--json", str(path))
+    calls = ("dispatch", "replay", "static", "columnwise")
+    assert [row[:2] for row in rows[3:]] == [[call, wire] for wire in ("mxfp4", "fp8") for call in calls]
+    assert {line["input"] for line in read(path)} == {"fp8"}
+
+
 def test_a_wrong_result_ends_the_run() -> None:
     done = start(sys.executable, "-c", WRONG_ORACLE, *TINY, "--wire", "fp8")
     assert done.returncode == 1
