@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -103,6 +104,7 @@ def _budget(wire: WireFormat, *, decodes: bool) -> tuple[Budget, int]:
     return (_SEND_STOCHASTIC, 1) if wire.rounding is Rounding.STOCHASTIC else (_SEND, 2)
 
 
+@functools.cache
 def _send_teams(wire: WireFormat, hidden: int, num_topk: int, *, decodes: bool = False) -> Teams:
     """Return the teams of a block of `combine_send` or `combine_decode`."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(ValuesLayout(num_topk))

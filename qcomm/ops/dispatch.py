@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import NamedTuple
 
 import torch
@@ -158,11 +159,13 @@ def _by_tiles(wire: WireFormat) -> bool:
     return wire.kind == "mxfp4" and not wire.hadamard
 
 
+@functools.cache
 def _send_teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block of `dispatch_send`."""
     return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk)), _SEND, _SENDERS)
 
 
+@functools.cache
 def _recv_teams(recv_dtype: WireKind, wire: WireFormat, hidden: int) -> Teams:
     """Return the teams of a block of `dispatch_recv`."""
     return recv_teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 from qcomm.exchange import CombineOptions
 from qcomm.formats import WireFormat
@@ -107,6 +108,7 @@ def launch_combine_forward(
     kernel.launch(launcher.forward_blocks("combine", wire), threads, 0, stream, params)
 
 
+@functools.cache
 def _teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block of `dispatch_forward`: a warp loads a record, whatever its length."""
     stage_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))

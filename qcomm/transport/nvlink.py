@@ -324,7 +324,10 @@ class NvlinkTransport:
         shapes |= self._forward_shapes()
         sizes = [math.prod(shape) for shape in shapes.values()]
         pieces = torch.empty(sum(sizes), dtype=torch.int32, device=self._member.device).split(sizes)
-        parts = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+        parts = {
+            name: piece if len(shape) == 1 else piece.view(shape)
+            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
         row_weights, group_offsets = parts.pop("row_weights"), parts.pop("group_offsets")
         record_topk_weights = parts.pop("record_topk_weights").view(torch.float32)
         parts["send_slot"], node_slot = parts["send_slot"].tensor_split((num_ranks,), dim=1)
