@@ -146,7 +146,10 @@ class Kernel:
     """
 
     def __init__(self, function: Any, waits: bool) -> None:
-        self._function = function
+        from cuda.bindings import driver
+
+        self._function, self._driver = function, driver
+        self._success = driver.CUresult.CUDA_SUCCESS
         if waits:
             function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
@@ -154,20 +157,21 @@ class Kernel:
 
     def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
-        from cuda.bindings import driver
-
+        driver = self._driver
         # Also below the 48 KiB that need no permission, because those count what the kernel itself declares.
         if shared_bytes > self._shared_bytes:
             self._function.max_dynamic_shared_size_bytes = self._shared_bytes = shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         arguments = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
         (result,) = driver.cuLaunchKernel(*arguments)
+        if result == self._success:
+            return
         if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread that has not used CUDA yet, as autograd's may be, has no context; torch too sets it when needed.
             _, context = driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device())
             driver.cuCtxSetCurrent(context)
             (result,) = driver.cuLaunchKernel(*arguments)
-        if result != driver.CUresult.CUDA_SUCCESS:
+        if result != self._success:
             raise QcommUnsupportedError(f"launching a kernel failed: {result}", phase="launch", seen=result)
 
 
