@@ -47,6 +47,7 @@ KEYS = {
     "num_ranks",
     "geometry",
     "routing",
+    "input",
     "seed",
     "iterations",
     "num_sms",
