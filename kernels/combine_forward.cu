@@ -9,15 +9,13 @@ static_assert(kForwards && kNodes > 0);
 struct CombineForwardParams {
     Comm comm;
     const int32_t* counts;  // [kNodes], as dispatch_forward left them
-    const int32_t* slots;   // [kNodes][max_tokens][1 + kRanksPerNode]
+    const int32_t* slots;   // [kNodes][max_tokens][kEntryWords]
     Quantizer quantizer;
     int32_t has_values;  // whether numbers come behind the records
 };
 
 static_assert(sizeof(CombineForwardParams) == QCOMM_SIZEOF_COMBINE_FORWARD,
               "qcomm/ops/forward.py holds the same");
-
-constexpr int kEntryWords = 1 + kRanksPerNode;
 
 // Adds one lane's parts of the records of `ranks`, a bit each; record_of(rank) says where one is. Call from a
 // warp.

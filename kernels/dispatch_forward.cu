@@ -16,11 +16,6 @@ struct DispatchForwardParams {
 static_assert(sizeof(DispatchForwardParams) == QCOMM_SIZEOF_DISPATCH_FORWARD,
               "qcomm/ops/forward.py holds the same");
 
-constexpr int kEntryWords = 1 + kRanksPerNode;
-constexpr int kSlotsOffset = kRecordBytes + kMetadataBytes;
-constexpr int kForwardedBytes = kSlotsOffset + (4 * kNodes * kRanksPerNode + 15) / 16 * 16;
-constexpr int kInboxSlotBytes = (kForwardedBytes + 127) / 128 * 128;
-
 // What the warps of a block share. Record number n of the block is loaded by team n % kTeams.
 struct ForwardBoard {
     Outbox outbox;

@@ -122,9 +122,7 @@ class Metadata {
 
 #if QCOMM_NVSHMEM
 // Where the records of other nodes' ranks are put: to one rank of each node, which forwards them; or to each
-// rank. Behind one that is forwarded and its metadata are its slots at every rank, -1 for none.
-constexpr int kSlotsOffset = kRecordBytes + kMetadataBytes;
-constexpr int kForwardedBytes = kSlotsOffset + (4 * kNodes * kRanksPerNode + 15) / 16 * 16;
+// rank.
 constexpr int kOutboxLane = 31;
 static_assert(kOutboxLane >= kMaxRanks);
 
@@ -140,7 +138,7 @@ class FarSender {
         const bool replays = p_.index_words == 0;
         return {region<uint8_t>(comm, comm.rank, nodes.dispatch_outbox),
                 region<uint8_t>(comm, comm.rank, records), region<uint32_t>(comm, comm.rank, flags),
-                kForwards ? align_up(kForwardedBytes) : kSlotBytes,
+                kForwards ? kInboxSlotBytes : kSlotBytes,
                 static_cast<uint32_t>(replays     ? kRecordBytes
                                       : kForwards ? kForwardedBytes
                                                   : kSlotsOffset)};
@@ -171,8 +169,6 @@ class FarSender {
     }
 
   private:
-    static __device__ __forceinline__ uint32_t align_up(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
-
     const DispatchSendParams& p_;
 };
 #endif

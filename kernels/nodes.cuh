@@ -19,6 +19,9 @@ __device__ __forceinline__ int counterpart(const Comm& comm, int node) {
     return node * kRanksPerNode + comm.rank % max(1, kRanksPerNode);
 }
 
+// What a forwarding rank notes of a record: its token, then its slot at each rank of this node.
+constexpr int kEntryWords = 1 + kRanksPerNode;
+
 #if QCOMM_NVSHMEM
 // Raises a flag of this rank's memory in that of another. Orders nothing.
 __device__ __forceinline__ void raise_far(uint32_t* flag, uint32_t value, int rank) {

@@ -12,6 +12,12 @@ static_assert(kSlotBytes >= kRecordBytes + kMetadataBytes, "qcomm/records.py com
 // So that a stage has one sender, which has sent the record before when it waits for the next.
 static_assert(kStages % kSenders == 0, "qcomm/ops/comm.py sees to it");
 
+// Behind a record that another node's rank forwards are its metadata, and its slots at every rank, -1 for
+// none: PutLayout in qcomm/records.py.
+constexpr int kSlotsOffset = kRecordBytes + kMetadataBytes;
+constexpr int kForwardedBytes = kSlotsOffset + (4 * kNodes * kRanksPerNode + 15) / 16 * 16;
+constexpr int kInboxSlotBytes = (kForwardedBytes + 127) / 128 * 128;
+
 // Where a sender's puts go: from the outbox to the same part of another rank's symmetric memory as that of
 // this rank here. Of one record to the next it is slot_bytes.
 struct PutParts {
