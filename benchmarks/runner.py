@@ -143,10 +143,10 @@ def _title(
     sizes, num_ranks = work.geometry, work.member.num_ranks
     library = f"NCCL {machine['nccl']}" if machine["nccl"] else "gloo"
     limit = f"{ceiling:.0f} GB/s" if ceiling else "none"
+    given = "" if work.input == "bf16" else f", {work.input} in"
     num_sms = f", {flags.num_sms} SMs a kernel" if flags.num_sms else ""
-    num_sms += "" if work.input == "bf16" else f", {work.input} in"
     return (
         f"{machine['devices']}, {num_ranks} ranks, {sizes.tokens} tokens a rank of {sizes.hidden}, top-{sizes.topk} of "
         f"{sizes.experts} experts, {flags.routing} routing, torch {machine['torch']}, {library}, "
-        f"peer-store ceiling {limit}{num_sms}\nbackend {choice.backend}: {choice.reason}"
+        f"peer-store ceiling {limit}{given}{num_sms}\nbackend {choice.backend}: {choice.reason}"
     )
