@@ -205,13 +205,13 @@ def test_what_kernels_forward(pool4: RankPool) -> None:
 
 
 def _overflowing(rank: int, num_ranks: int, device: str, backend: str) -> tuple[int, int, int, bool]:
-    case = dataclasses.replace(BASE, routes="one", static=True, capacity=32, counts="uneven")
+    case = dataclasses.replace(BASE, routes="one", static=True, alignment=8, capacity=8, counts="uneven")
     inputs = cases.make_inputs(case, num_ranks)
     idx, x = inputs.topk_idxs[rank], inputs.xs[rank]
     assert isinstance(x, torch.Tensor)
     with cases.make_buffer(case, num_ranks, device, backend) as buffer:
         x, idx = x.to(buffer.device), idx.to(buffer.device)
-        buffer.dispatch(x, idx, static=True, num_max_recv_tokens=32, alignment=case.alignment)
+        buffer.dispatch(x, idx, static=True, num_max_recv_tokens=case.capacity, alignment=case.alignment)
         found, overflowed = buffer.stats(), False
         try:
             buffer.check()
@@ -223,7 +223,7 @@ def _overflowing(rank: int, num_ranks: int, device: str, backend: str) -> tuple[
 @targets(2)
 def test_dropped_rows(target: Target) -> None:
     *others, (dropped, received, kept, overflowed) = target.run(_overflowing)
-    assert received > kept == 32
+    assert received > kept == 8
     assert dropped == received - kept
     assert overflowed
     assert others == [(0, 0, 0, False)] * len(others)
