@@ -12,13 +12,7 @@ from typing import Any, cast
 import torch
 
 from qcomm.formats import RecvLayout
-from qcomm.handle import DispatchHandle, Owner, part_shapes
-
-_NAMES = tuple(
-    part_shapes("expert_major", num_tokens=0, num_topk=0, num_ranks=0, num_local_experts=0, num_records=0, num_rows=0)
-)
-_FLOATS = ("row_weights", "record_topk_weights")
-_NOT_BY_TOKEN = ("row_weights", "group_offsets")
+from qcomm.handle import FLOAT_PARTS, NOT_BY_TOKEN, PARTS, DispatchHandle, Owner, part_shapes
 
 
 def facts_of(handle: DispatchHandle) -> list[int]:
@@ -30,16 +24,16 @@ def facts_of(handle: DispatchHandle) -> list[int]:
 def route_of(handle: DispatchHandle) -> list[torch.Tensor]:
     """Return the handle's tensors, without gradients."""
     absent = handle.row_src.new_empty(0)
-    tensors = [getattr(handle, name) for name in _NAMES]
+    tensors = [getattr(handle, name) for name in PARTS]
     return [absent if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def handle_of(recv_layout: str, facts: list[int], route: list[torch.Tensor]) -> DispatchHandle:
     """Return the handle of a route and facts."""
     buffer, generation, alignment, num_rows, rows_per_expert, has_weights = facts
-    tensors: dict[str, Any] = dict(zip(_NAMES, route, strict=True))
+    tensors: dict[str, Any] = dict(zip(PARTS, route, strict=True))
     if recv_layout == "token_major":
-        tensors |= dict.fromkeys(_NOT_BY_TOKEN)
+        tensors |= dict.fromkeys(NOT_BY_TOKEN)
     return DispatchHandle(
         owner=Owner(buffer, generation),
         num_tokens=num_tokens_of(route),
@@ -58,7 +52,7 @@ def handle_of(recv_layout: str, facts: list[int], route: list[torch.Tensor]) -> 
 
 def num_tokens_of(route: list[torch.Tensor]) -> int:
     """Return how many tokens a rank sent along a route."""
-    return route[_NAMES.index("send_slot")].shape[0]
+    return route[PARTS.index("send_slot")].shape[0]
 
 
 def shapes_of(recv_layout: str, facts: list[int], sizes: list[int], num_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -100,6 +94,6 @@ def cut(piece: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> list[torch.T
     for name, shape in shapes.items():
         end = start + math.prod(shape)
         part = piece[start:end].view(shape)
-        route.append(part.view(torch.float32) if name in _FLOATS else part)
+        route.append(part.view(torch.float32) if name in FLOAT_PARTS else part)
         start = end
     return route

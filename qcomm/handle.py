@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -214,6 +215,25 @@ def part_shapes(
         "num_tokens_per_expert": (num_local_experts,),
         "group_offsets": (num_local_experts + 1,),
     }
+
+
+PARTS = tuple(
+    part_shapes("expert_major", num_tokens=0, num_topk=0, num_ranks=0, num_local_experts=0, num_records=0, num_rows=0)
+)
+FLOAT_PARTS = ("row_weights", "record_topk_weights")
+NOT_BY_TOKEN = ("row_weights", "group_offsets")
+"""Parts that are float32, the others being int32; and those that a "token_major" handle has not."""
+
+Addresses = Mapping[str, int]
+"""Where the parts of a handle stand on the device, by name; those that it has not are missing."""
+
+
+def addresses_of(handle: DispatchHandle) -> Addresses:
+    """Return the addresses of a handle's parts, and of what `forward` tells."""
+    tensors = {name: getattr(handle, name) for name in PARTS}
+    if handle.forward is not None:
+        tensors |= {"counts": handle.forward.counts, "slots": handle.forward.slots}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -284,14 +284,13 @@ def test_a_handle_is_taken_apart_and_put_together(layout: Any) -> None:
 def test_nvlinks_handle_is_joined_without_a_copy(layout: Any) -> None:
     options = DispatchOptions(layout, "bf16", 32, False, True, None, ScaleLayout.ROW_MAJOR, BF16, 0, False)
     transport: Any = SimpleNamespace(
-        _config=SimpleNamespace(num_max_tokens_per_rank=16),
+        _config=SimpleNamespace(num_max_tokens_per_rank=16, num_topk=4),
         _member=SimpleNamespace(num_ranks=2, device=torch.device("cpu")),
         _layout=SimpleNamespace(num_local_experts=3),
-        _owner=Owner(3, 1),
         _forward_nodes=0,
-        _forward_shapes=dict,
+        _forward_shapes=(),
     )
-    handle, *_ = NvlinkTransport._draft(transport, torch.zeros(5, 4, dtype=torch.int64), None, options)
+    handle = NvlinkTransport._draft(transport, 5, options).handle(Owner(3, 1), options, has_weights=False)
     shapes = shapes_of(layout, facts_of(handle), [2, 3, 4, 32], 5)
     again = handle_of(layout, facts_of(handle), cut(joined(handle, shapes), shapes))
     for a, b in zip(route_of(again), route_of(handle), strict=True):

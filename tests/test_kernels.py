@@ -22,7 +22,7 @@ import torch
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, tuning, validate
 from qcomm.exchange import CombineOptions, DispatchOptions, WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
-from qcomm.handle import DispatchHandle, Owner
+from qcomm.handle import DispatchHandle, Owner, addresses_of
 from qcomm.jit import KernelSpec, ResourceUsage
 from qcomm.ops import codec, columnwise, combine, comm, count, dispatch, dispatch_decode, forward, peer_store, route
 from qcomm.ops.catalog import all_specs, codec_specs
@@ -203,29 +203,30 @@ def carries(wire: WireFormat, x: WireInput, hidden: int) -> bool:
     return False
 
 
-def make_launcher(kernels: Any, num_sms: int | None = None, num_experts: int = 256) -> comm.Launcher:
+def make_launcher(kernels: Any, num_sms: int | None = None, num_experts: int = 256, num_topk: int = 8) -> comm.Launcher:
     """A launcher of two ranks as on a device that no row of the table is for."""
     structure = comm.Comm(num_ranks=2, num_experts=num_experts, num_local_experts=num_experts // 2)
-    return comm.Launcher(kernels, structure, 132, tuning.choose_all("none", 2, num_sms))
+    return comm.Launcher(kernels, structure, num_topk, 132, tuning.choose_all("none", 2, num_sms))
 
 
 def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Launch]:
     """Drive every launcher with everything that a Buffer may pass it."""
     recorder = Recorder()
-    launcher = make_launcher(recorder, num_sms)
+    launcher = make_launcher(recorder, num_sms, num_topk=num_topk)
     handle = one_record(num_topk)
+    parts = {**addresses_of(handle), "ordinals": 0}
     y = torch.zeros(128, hidden, dtype=torch.bfloat16)
-    overflows, words = torch.zeros(2, dtype=torch.int64), torch.zeros(num_topk, dtype=torch.int32)
+    overflows = torch.zeros(2, dtype=torch.int64)
     comm.launch_barrier(launcher, 0, overflows)
     for dtype in (torch.int32, torch.int64):
         idx = torch.zeros(4096, num_topk, dtype=dtype)
-        route.launch_route(launcher, 0, idx, torch.zeros(4096, 2, dtype=torch.int32), idx)
+        route.launch_route(launcher, 0, idx, parts)
     placement = count.Placement()
-    count.launch_count(launcher, 0, num_topk, placement, None, 1)
+    count.launch_count(launcher, 0, placement, None, 1)
     for wire in WIRES:
         for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
             if carries(wire, x, hidden):
-                dispatch.launch_send(launcher, 0, x, handle, None, wire, 0)
+                dispatch.launch_send(launcher, 0, x, parts, None, wire, 0)
         for dtype_name in RECV_DTYPES:
             for by_column in (False, True) if dtype_name == "fp8" else (False,):
                 options = DispatchOptions(
@@ -241,7 +242,7 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
                     async_op=False,
                 )
                 for places in (False, True):
-                    receive = dispatch.Receive(launcher, handle, placement, options, hidden, overflows, places=places)
+                    receive = dispatch.Receive(launcher, placement, options, hidden, overflows, places=places)
                     receive.launch(0, 128, 0)
                 static = dataclasses.replace(options, static=True)
                 if not dispatch_decode.suits(launcher, static, 1):
@@ -249,8 +250,8 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
                 _, params = receive.prepare(128, 0)
                 for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
                     for dtype in (torch.int32, torch.int64) if carries(wire, x, hidden) else ():
-                        routing = dispatch.Routing(torch.zeros(1, num_topk, dtype=dtype), None, words)
-                        dispatch_decode.launch_decode(launcher, 0, x, handle, routing, params, static)
+                        routing = dispatch.Routing(torch.zeros(1, num_topk, dtype=dtype), None)
+                        dispatch_decode.launch_decode(launcher, 0, x, parts, routing, params, static)
         sums = combine.allocate(handle, hidden, True)
         sent = CombineOptions(wire, weighted=True, seed=0, async_op=False, split=False)
         combine.launch_decode(launcher, 0, y, handle, sent, sums)
@@ -532,7 +533,10 @@ def test_route_chunk() -> None:
     ],
 )
 def test_pads(layout: Any, static: bool, want: bool) -> None:
-    assert dispatch.pads(dataclasses.replace(one_record(1), recv_layout=layout, static=static)) == want
+    options = DispatchOptions(
+        layout, "fp8", 128, False, static, None, ScaleLayout.ROW_MAJOR, WireFormat("fp8"), 0, False
+    )
+    assert dispatch.pads(options) == want
 
 
 def test_options_that_do_not_change_a_kernel_make_no_new_one() -> None:

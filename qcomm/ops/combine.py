@@ -130,14 +130,14 @@ def launch_send(
 ) -> None:
     """Sum each record's rows and send the sum to its token's rank, with the record's values if there are any."""
     params = _send_params(launcher, y, row_values, handle, options)
-    _launch_sender("combine_send", launcher, stream, params, handle, options.wire, y.shape[-1])
+    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1])
 
 
 def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, sums: Sums) -> None:
     """Fill the result as sums arrive."""
     if handle.num_tokens:
-        tuning, num_topk = launcher.tuning("combine", wire), handle.record_topk_idx.shape[1]
-        key = combine_spec, "combine_recv", decoding(wire), sums.out.shape[1], num_topk, tuning
+        tuning = launcher.tuning("combine", wire)
+        key = combine_spec, "combine_recv", decoding(wire), sums.out.shape[1], launcher.num_topk, tuning
         params = _recv_params(launcher, handle, sums)
         launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
 
@@ -161,7 +161,7 @@ def launch_decode(
 ) -> None:
     """Sum, send, receive and add, by one kernel."""
     params = CombineDecodeParams(_send_params(launcher, y, None, handle, options), _recv_params(launcher, handle, sums))
-    _launch_sender("combine_decode", launcher, stream, params, handle, options.wire, y.shape[-1])
+    _launch_sender("combine_decode", launcher, stream, params, options.wire, y.shape[-1])
 
 
 def _launch_sender(
@@ -169,11 +169,10 @@ def _launch_sender(
     launcher: Launcher,
     stream: int,
     params: CombineSendParams | CombineDecodeParams,
-    handle: DispatchHandle,
     wire: WireFormat,
     hidden: int,
 ) -> None:
-    num_topk = handle.record_topk_idx.shape[1]
+    num_topk = launcher.num_topk
     sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)

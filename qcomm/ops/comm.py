@@ -126,6 +126,7 @@ class Launcher(NamedTuple):
 
     kernels: KernelLoader
     comm: Comm
+    num_topk: int
     num_sms: int
     tunings: Tunings
     forward_nodes: int = 0

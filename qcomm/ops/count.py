@@ -6,8 +6,9 @@ import ctypes
 
 import torch
 
+from qcomm.exchange import DispatchOptions
 from qcomm.formats import RECV_LAYOUTS
-from qcomm.handle import DispatchHandle
+from qcomm.handle import Addresses
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, pointer, spec
 
@@ -45,27 +46,19 @@ class Placement(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, handle: DispatchHandle, source_starts: torch.Tensor | None, overflows: torch.Tensor) -> Placement:
-        """Build the placement of a handle, without a host table; a replay has no source_starts."""
+    def of(cls, parts: Addresses, options: DispatchOptions, num_rows: int, rows_per_expert: int) -> Placement:
+        """Build the placement of a handle of `num_rows`, without a host table; a replay has no `source_starts`."""
         return cls(
-            recv_offsets=handle.recv_offsets.data_ptr(),
-            num_tokens_per_expert=handle.num_tokens_per_expert.data_ptr(),
-            group_offsets=pointer(handle.group_offsets),
-            source_starts=pointer(source_starts),
-            overflows=overflows.data_ptr(),
-            record_src_token=handle.record_src_token.data_ptr(),
-            record_topk_idx=handle.record_topk_idx.data_ptr(),
-            record_topk_weights=handle.record_topk_weights.data_ptr(),
-            record_rows=handle.record_rows.data_ptr(),
-            row_record=handle.row_record.data_ptr(),
-            row_src=handle.row_src.data_ptr(),
-            row_weights=pointer(handle.row_weights),
-            capacity=handle.num_rows,
-            rows_per_expert=handle.rows_per_expert if handle.static else 0,
-            alignment=handle.alignment,
-            layout=[*RECV_LAYOUTS].index(handle.recv_layout),
-            is_static=int(handle.static),
+            **{name: parts.get(name, 0) for name in _PLACED},
+            capacity=num_rows,
+            rows_per_expert=rows_per_expert if options.static else 0,
+            alignment=options.alignment,
+            layout=[*RECV_LAYOUTS].index(options.recv_layout),
+            is_static=int(options.static),
         )
+
+
+_PLACED = tuple(name for name, kind in Placement._fields_ if kind is ctypes.c_uint64 and name != "host")
 
 
 class CountParams(ctypes.Structure):
@@ -98,13 +91,13 @@ def count_spec(num_topk: int) -> KernelSpec:
 
 
 def launch_count(
-    launcher: Launcher, stream: int, num_topk: int, placement: Placement, host: torch.Tensor | None, sequence: int
+    launcher: Launcher, stream: int, placement: Placement, host: torch.Tensor | None, sequence: int
 ) -> None:
     """Wait for every peer's counts, and say what comes; with a host table, tell the host under a sequence number."""
     params = CountParams(launcher.comm, placement)
     params.placement.host, params.placement.host_sequence = pointer(host), sequence
     shared_bytes = table_bytes(launcher)
-    launcher.kernels.get(count_spec, num_topk).launch(1, _THREADS, shared_bytes, stream, params)
+    launcher.kernels.get(count_spec, launcher.num_topk).launch(1, _THREADS, shared_bytes, stream, params)
 
 
 def table_bytes(launcher: Launcher) -> int:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from qcomm.exchange import DispatchOptions, Payload, WireInput
-from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, ScaleLayout, WireFormat, WireKind
-from qcomm.handle import DispatchHandle
+from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, RecvLayout, ScaleLayout, WireFormat, WireKind
+from qcomm.handle import Addresses
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import (
     Budget,
@@ -191,16 +191,14 @@ class Routing(NamedTuple):
 
     Attributes:
         topk_idx, topk_weights: as given to dispatch.
-        ordinals: `[num_tokens, num_topk]` int32, see `route`.
     """
 
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor | None
-    ordinals: torch.Tensor
 
 
 def send_params(
-    launcher: Launcher, x: WireInput, handle: DispatchHandle, routing: Routing | None, wire: WireFormat, seed: int
+    launcher: Launcher, x: WireInput, parts: Addresses, routing: Routing | None, wire: WireFormat, seed: int
 ) -> tuple[DispatchSendParams, str]:
     """Return what the sender is given, and the kind of its input."""
     data, sf, kind = x, None, "bf16"
@@ -213,7 +211,7 @@ def send_params(
         comm=launcher.comm,
         x=data.data_ptr(),
         sf=pointer(sf),
-        send_slot=handle.send_slot.data_ptr(),
+        send_slot=parts["send_slot"],
         quantizer=Quantizer.of(wire, seed, launcher.comm.rank),
         num_tokens=x.shape[0],
     )
@@ -222,7 +220,7 @@ def send_params(
     if routing is not None:
         params.topk_idx = routing.topk_idx.data_ptr()
         params.index_words = routing.topk_idx.element_size() // 4
-        params.ordinals = routing.ordinals.data_ptr()
+        params.ordinals = parts["ordinals"]
         params.topk_weights = pointer(routing.topk_weights)
     return params, kind
 
@@ -231,7 +229,7 @@ def launch_send(
     launcher: Launcher,
     stream: int,
     x: WireInput,
-    handle: DispatchHandle,
+    parts: Addresses,
     routing: Routing | None,
     wire: WireFormat,
     seed: int,
@@ -240,11 +238,10 @@ def launch_send(
     num_tokens, hidden = x.shape
     if not num_tokens:
         return
-    params, kind = send_params(launcher, x, handle, routing, wire, seed)
-    num_topk = handle.record_topk_idx.shape[1]
-    sharing = _send_teams(wire, hidden, num_topk)
+    params, kind = send_params(launcher, x, parts, routing, wire, seed)
+    sharing = _send_teams(wire, hidden, launcher.num_topk)
     tuning = launcher.tuning("dispatch", wire)
-    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, num_topk, tuning)
+    kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, launcher.num_topk, tuning)
     kernel.launch(launcher.send_blocks("dispatch", wire), sharing.threads, sharing.shared_bytes, stream, params)
 
 
@@ -253,8 +250,7 @@ class Receive:
 
     Args:
         launcher: kernels and symmetric memory.
-        handle: where records go; may be longer than the result.
-        placement: of the handle.
+        placement: where records go; may be longer than the result.
         options: the call's options.
         hidden: elements in a token.
         places: whether the receive also fills the handle.
@@ -264,7 +260,6 @@ class Receive:
     def __init__(
         self,
         launcher: Launcher,
-        handle: DispatchHandle,
         placement: Placement,
         options: DispatchOptions,
         hidden: int,
@@ -272,13 +267,18 @@ class Receive:
         *,
         places: bool,
     ) -> None:
-        self._launcher, self._handle, self._options = launcher, handle, options
+        self._launcher, self._options = launcher, options
         self._hidden, self._overflows, self._places = hidden, overflows, places
         self._params = DispatchRecvParams(
             comm=launcher.comm,
             placement=placement,
             quantizer=Quantizer.of(WireFormat("mxfp4"), 0, 0),
         )
+
+    @property
+    def recv_layout(self) -> RecvLayout:
+        """Layout of the result."""
+        return self._options.recv_layout
 
     @property
     def can_guess(self) -> bool:
@@ -307,7 +307,7 @@ class Receive:
 
     def fill(self, stream: int) -> None:
         """Fill what `prepare` allocated, as records arrive."""
-        options, num_topk, kernels = self._options, self._handle.record_topk_idx.shape[1], self._launcher.kernels
+        options, num_topk, kernels = self._options, self._launcher.num_topk, self._launcher.kernels
         wire, blocks = decoding(options.wire), self._launcher.blocks("dispatch", options.wire)
         sharing = _recv_teams(options.recv_dtype, wire, self._hidden)
         kernel = kernels.get(recv_spec, options.recv_dtype, wire, self._hidden, num_topk, self._places)
@@ -339,7 +339,7 @@ class Receive:
         params.x, params.sf = x.data_ptr(), pointer(sf)
         params.sf_together = int(sf is not None and sf.is_contiguous() and params.sf_group_stride <= 1)
         params.rows_per_expert = rows_per_expert
-        params.pads = int(pads(self._handle))
+        params.pads = int(pads(self._options))
         params.num_rows = num_rows
         return Payload(x, sf, x_columnwise, sf_columnwise, self._overflows), params
 
@@ -350,6 +350,6 @@ def cut(payload: Payload, num_rows: int) -> Payload:
     return Payload(payload.x[:num_rows], sf, None, None, payload.spread_overflows)
 
 
-def pads(handle: DispatchHandle) -> bool:
+def pads(options: DispatchOptions) -> bool:
     """Whether the receive kernel zeroes the padding rows of groups."""
-    return handle.recv_layout == "expert_major" or (handle.recv_layout == "batched" and not handle.static)
+    return options.recv_layout == "expert_major" or (options.recv_layout == "batched" and not options.static)

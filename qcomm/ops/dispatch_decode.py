@@ -7,7 +7,7 @@ import dataclasses
 
 from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
-from qcomm.handle import DispatchHandle
+from qcomm.handle import Addresses
 from qcomm.jit import KernelSpec
 from qcomm.ops import count
 from qcomm.ops.comm import (
@@ -86,15 +86,15 @@ def launch_decode(
     launcher: Launcher,
     stream: int,
     x: WireInput,
-    handle: DispatchHandle,
+    parts: Addresses,
     routing: Routing,
     recv: DispatchRecvParams,
     options: DispatchOptions,
 ) -> None:
     """Route, send and receive; `recv` is what `Receive.prepare` returned."""
     num_tokens, hidden = x.shape
-    num_topk = routing.topk_idx.shape[1]
-    send, kind = send_params(launcher, x, handle, routing, options.wire, options.seed)
+    num_topk = launcher.num_topk
+    send, kind = send_params(launcher, x, parts, routing, options.wire, options.seed)
     params = DispatchDecodeParams(send, recv)
     wire = encoding(options.wire, kind)
     sharing = _teams(options.recv_dtype, wire, hidden, num_topk)

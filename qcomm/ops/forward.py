@@ -7,7 +7,7 @@ import functools
 
 from qcomm.exchange import CombineOptions
 from qcomm.formats import WireFormat
-from qcomm.handle import DispatchHandle
+from qcomm.handle import Addresses, DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Budget, Comm, Launcher, Quantizer, Teams, encoding, send_teams, spec, wire_constants
 from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
@@ -73,18 +73,15 @@ def combine_forward_spec(wire: WireFormat, hidden: int, num_topk: int) -> Kernel
 
 
 def launch_dispatch_forward(
-    launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, hidden: int, *, replays: bool
+    launcher: Launcher, stream: int, parts: Addresses, wire: WireFormat, hidden: int, *, replays: bool
 ) -> None:
     """Forward the records of other nodes' ranks.
 
-    Fills the handle's `forward.counts` and `forward.slots`; a replay goes by them.
+    Fills `counts` and `slots`; a replay goes by them.
     """
-    assert handle.forward is not None
-    plain, num_topk = WireFormat(wire.kind), handle.record_topk_idx.shape[1]
+    plain, num_topk = WireFormat(wire.kind), launcher.num_topk
     sharing = _teams(plain, hidden, num_topk)
-    params = DispatchForwardParams(
-        launcher.comm, handle.forward.counts.data_ptr(), handle.forward.slots.data_ptr(), replays
-    )
+    params = DispatchForwardParams(launcher.comm, parts["counts"], parts["slots"], replays)
     kernel = launcher.kernels.get(dispatch_forward_spec, plain, hidden, num_topk)
     grid = launcher.forward_blocks("dispatch", wire)
     kernel.launch(grid, sharing.threads, sharing.shared_bytes, stream, params)
@@ -95,7 +92,7 @@ def launch_combine_forward(
 ) -> None:
     """Add up this node's sums for other nodes' tokens and put them back, as they arrive."""
     assert handle.forward is not None
-    wire, num_topk = options.wire, handle.record_topk_idx.shape[1]
+    wire = options.wire
     params = CombineForwardParams(
         launcher.comm,
         handle.forward.counts.data_ptr(),
@@ -103,7 +100,7 @@ def launch_combine_forward(
         Quantizer.of(wire, options.seed, 0),
         has_values,
     )
-    kernel = launcher.kernels.get(combine_forward_spec, encoding(wire, "bf16"), hidden, num_topk)
+    kernel = launcher.kernels.get(combine_forward_spec, encoding(wire, "bf16"), hidden, launcher.num_topk)
     threads = _ROTATED_SUM_THREADS if wire.hadamard else _SUM_THREADS
     kernel.launch(launcher.forward_blocks("combine", wire), threads, 0, stream, params)
 

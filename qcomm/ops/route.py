@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from qcomm.handle import Addresses
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, spec
 from qcomm.records import align
@@ -60,14 +61,12 @@ def route_shared_bytes(num_experts: int, num_places: int, num_tokens: int) -> in
     return 4 * num_keys(num_experts, num_places) * (1 + route_chunk(num_tokens) // 32)
 
 
-def launch_route(
-    launcher: Launcher, stream: int, topk_idx: torch.Tensor, send_slot: torch.Tensor, ordinals: torch.Tensor
-) -> None:
-    """Number this rank's tokens, and write their counts to every peer."""
+def launch_route(launcher: Launcher, stream: int, topk_idx: torch.Tensor, parts: Addresses) -> None:
+    """Number this rank's tokens, as `send_slot` and `ordinals`, and write their counts to every peer."""
     comm = launcher.comm
     num_tokens, num_topk = topk_idx.shape
     chunk = route_chunk(num_tokens)
     shared_bytes = route_shared_bytes(comm.num_experts, comm.num_ranks + launcher.forward_nodes, num_tokens)
-    params = RouteParams(comm, topk_idx.data_ptr(), send_slot.data_ptr(), ordinals.data_ptr(), num_tokens, chunk)
+    params = RouteParams(comm, topk_idx.data_ptr(), parts["send_slot"], parts["ordinals"], num_tokens, chunk)
     kernel = launcher.kernels.get(route_spec, num_topk, topk_idx.element_size())
     kernel.launch(max(1, -(-num_tokens // chunk)), route_threads(num_topk), shared_bytes, stream, params)

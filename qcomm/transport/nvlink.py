@@ -13,8 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from qcomm.errors import (
 )
 from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
-from qcomm.handle import DispatchHandle, Forward, Owner, Received, part_shapes
+from qcomm.handle import Addresses, DispatchHandle, Owner, Received, addresses_of
 from qcomm.jit import KernelLoader, KernelSpec
 from qcomm.ops import combine, count, dispatch, dispatch_decode, route
 from qcomm.ops.comm import (
@@ -54,6 +53,7 @@ from qcomm.transport.base import (
     routing_error,
 )
 from qcomm.transport.calls import Call, Calls
+from qcomm.transport.draft import Draft, make_plan
 from qcomm.transport.symmetric import SymmetricMemory, abandon, allocate
 from qcomm.tuning import Tunings
 
@@ -96,6 +96,7 @@ class NvlinkTransport:
         self._launcher = Launcher(
             KernelLoader(member.device, waits=True, specialise=self._specialise),
             self._comm(),
+            config.num_topk,
             device.multi_processor_count,
             tunings,
             self._forward_nodes,
@@ -113,29 +114,32 @@ class NvlinkTransport:
         _check_addresses(x)
         hidden = self._config.hidden
         with self._begin(options, x, topk_idx, topk_weights) as call:
-            overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
-            draft, ordinals, source_starts = self._draft(topk_idx, topk_weights, options)
-            placement = Placement.of(draft, source_starts, overflows)
-            routing = Routing(topk_idx, topk_weights, ordinals)
-            receive = Receive(self._launcher, draft, placement, options, hidden, overflows, places=True)
-            if not options.split and dispatch_decode.suits(self._launcher, options, len(topk_idx)):
-                payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
-                dispatch_decode.launch_decode(self._launcher, call.stream, x, draft, routing, params, options)
-                result = received(payload, draft, options)
-                call.keep(result, draft)
-                return result, draft, Ending(call.event)
-            route.launch_route(self._launcher, call.stream, topk_idx, draft.send_slot, ordinals)
-            self._send(call, x, draft, routing, options.wire, options.seed)
+            draft, routing = self._draft(len(topk_idx), options), Routing(topk_idx, topk_weights)
+            decodes = not options.split and dispatch_decode.suits(self._launcher, options, len(topk_idx))
+            if not decodes:
+                route.launch_route(self._launcher, call.stream, topk_idx, draft.addresses)
+                self._send(call, x, draft.addresses, routing, options.wire, options.seed)
+            placement = Placement.of(draft.addresses, options, draft.num_rows, draft.rows_per_expert)
+            receive = Receive(self._launcher, placement, options, hidden, draft.overflows(), places=True)
+            make_handle = functools.partial(draft.handle, self._owner, options, has_weights=topk_weights is not None)
             counts = functools.partial(self._launch_count, placement=placement, options=options)
-            if options.split:
-                handle, (payload, _) = draft, receive.prepare(draft.num_rows, draft.rows_per_expert)
+            if decodes:
+                payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
+                parts = draft.addresses
+                dispatch_decode.launch_decode(self._launcher, call.stream, x, parts, routing, params, options)
+                handle = make_handle()
+            elif options.split:
+                payload, _ = receive.prepare(draft.num_rows, draft.rows_per_expert)
+                handle = make_handle()
                 result = received(payload, handle, options)
                 return result, handle, self._split(call, (counts, receive.fill), result, handle)
-            counts(call.stream)
-            if options.static:
-                handle, payload = draft, receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
+            elif options.static:
+                counts(call.stream)
+                payload = receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
+                handle = make_handle()
             else:
-                handle, payload = self._receive_counted(call, receive, draft, topk_idx)
+                counts(call.stream)
+                handle, payload = self._receive_counted(call, receive, make_handle, topk_idx)
             result = received(payload, handle, options)
             call.keep(result, handle)
         return result, handle, Ending(call.event)
@@ -145,9 +149,10 @@ class NvlinkTransport:
         with self._begin(options, x, handle) as call:
             overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
             launch_barrier(self._launcher, call.stream, overflows)
-            self._send(call, x, handle, None, options.wire, options.seed)
-            placement = Placement.of(handle, None, overflows)
-            receive = Receive(self._launcher, handle, placement, options, self._config.hidden, overflows, places=False)
+            parts = {**addresses_of(handle), "overflows": overflows.data_ptr()}
+            self._send(call, x, parts, None, options.wire, options.seed)
+            placement = Placement.of(parts, options, handle.num_rows, handle.rows_per_expert)
+            receive = Receive(self._launcher, placement, options, self._config.hidden, overflows, places=False)
             payload, _ = receive.prepare(handle.num_rows, handle.rows_per_expert)
             if not options.split:
                 receive.fill(call.stream)
@@ -248,16 +253,17 @@ class NvlinkTransport:
         """Nodes that tokens are numbered within, to be forwarded there."""
         return 0
 
-    def _forward_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of what `Forward` holds besides `node_slot`, by field; nothing where none forwards."""
-        return {}
+    @property
+    def _forward_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Field and shape of what `Forward` holds besides `node_slot`; nothing where none forwards."""
+        return ()
 
     def _send(
-        self, call: Call, x: WireInput, handle: DispatchHandle, routing: Routing | None, wire: WireFormat, seed: int
+        self, call: Call, x: WireInput, parts: Addresses, routing: Routing | None, wire: WireFormat, seed: int
     ) -> None:
         """Launch what sends tokens; without a routing, along a known route."""
         with call.beside(self._send_stream) as stream:
-            dispatch.launch_send(self._launcher, stream, x, handle, routing, wire, seed)
+            dispatch.launch_send(self._launcher, stream, x, parts, routing, wire, seed)
 
     def _send_sums(
         self,
@@ -296,84 +302,46 @@ class NvlinkTransport:
             **offsets,
         )
 
-    def _draft(
-        self, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, options: DispatchOptions
-    ) -> tuple[DispatchHandle, torch.Tensor, torch.Tensor]:
-        """Allocate a handle of worst-case length, and what else routing writes, in one piece of memory.
-
-        Returns:
-            The handle; `ordinals` of `route`; `source_starts` of `count`.
-        """
+    def _draft(self, num_tokens: int, options: DispatchOptions) -> Draft:
+        """Allocate a handle of worst-case length, and what else routing writes."""
         config, num_ranks, num_local = self._config, self._member.num_ranks, self._layout.num_local_experts
-        num_tokens, num_topk = topk_idx.shape
         num_records = num_ranks * config.num_max_tokens_per_rank
-        rows, rows_per_expert = exchange.worst_case_rows(options, num_records, num_topk, num_local)
-        by_token = options.recv_layout == "token_major"
-        shapes = part_shapes(
+        rows, rows_per_expert = exchange.worst_case_rows(options, num_records, config.num_topk, num_local)
+        plan = make_plan(
             options.recv_layout,
+            self._forward_nodes,
+            self._forward_shapes,
             num_tokens=num_tokens,
-            num_topk=num_topk,
+            num_topk=config.num_topk,
             num_ranks=num_ranks,
             num_local_experts=num_local,
             num_records=num_records,
             num_rows=rows,
         )
-        shapes["send_slot"] = (num_tokens, num_ranks + self._forward_nodes)
-        shapes["ordinals"] = (num_tokens, num_topk)
-        shapes["source_starts"] = (num_ranks, num_local)
-        shapes |= self._forward_shapes()
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        pieces = torch.empty(sum(sizes), dtype=torch.int32, device=self._member.device).split(sizes)
-        parts = {
-            name: piece if len(shape) == 1 else piece.view(shape)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
-        row_weights, group_offsets = parts.pop("row_weights"), parts.pop("group_offsets")
-        record_topk_weights = parts.pop("record_topk_weights").view(torch.float32)
-        parts["send_slot"], node_slot = parts["send_slot"].tensor_split((num_ranks,), dim=1)
-        forward = {name: parts.pop(name) for name in self._forward_shapes()}
-        ordinals, source_starts = parts.pop("ordinals"), parts.pop("source_starts")
-        handle = DispatchHandle(
-            owner=self._owner,
-            num_tokens=num_tokens,
-            recv_layout=options.recv_layout,
-            alignment=options.alignment,
-            static=options.static,
-            num_rows=rows,
-            rows_per_expert=rows_per_expert,
-            has_weights=topk_weights is not None,
-            record_topk_weights=record_topk_weights,
-            row_weights=None if by_token else row_weights.view(torch.float32),
-            num_tokens_per_expert_list=None,
-            group_offsets=None if by_token else group_offsets,
-            send_counts=None,
-            recv_counts=None,
-            forward=Forward(node_slot, **forward) if forward else None,
-            **parts,
-        )
-        return handle, ordinals, source_starts
+        return Draft(plan, rows, rows_per_expert, self._member.device)
 
     def _launch_count(self, stream: int, placement: Placement, options: DispatchOptions) -> None:
         """Say what comes."""
         self._sequence += 1
-        host, num_topk = None if options.static else self._host, self._config.num_topk
-        count.launch_count(self._launcher, stream, num_topk, placement, host, self._sequence)
+        host = None if options.static else self._host
+        count.launch_count(self._launcher, stream, placement, host, self._sequence)
 
     def _receive_counted(
-        self, call: Call, receive: Receive, draft: DispatchHandle, topk_idx: torch.Tensor
+        self, call: Call, receive: Receive, make_handle: Callable[[], DispatchHandle], topk_idx: torch.Tensor
     ) -> tuple[DispatchHandle, Payload]:
         """Receive as many rows as come, which only the counts tell.
 
         A receive of about the last call's length is launched before they are there, so that the GPU need not wait for
         the host; only if it turns out too short is it launched again, with the right length.
         """
-        guess, payload = self._guess.get(draft.recv_layout, 0), None
+        layout = receive.recv_layout
+        guess, payload = self._guess.get(layout, 0), None
         if guess and receive.can_guess:
             payload = receive.launch(call.stream, guess, 0)
             call.join()
-        counts = self._wait_for_counts(topk_idx)
+        handle, counts = make_handle(), self._wait_for_counts(topk_idx)
         num_rows, rows_per_expert = counts.rows
-        self._guess[draft.recv_layout] = align(num_rows + num_rows // _GUESS_MARGIN, FP8_GROUP_SIZE)
+        self._guess[layout] = align(num_rows + num_rows // _GUESS_MARGIN, FP8_GROUP_SIZE)
         if payload is None:
             payload = receive.launch(call.stream, num_rows, rows_per_expert)
         elif num_rows > guess:
@@ -382,7 +350,7 @@ class NvlinkTransport:
         else:
             payload = dispatch.cut(payload, num_rows)
         recv_counts = tuple(b - a for a, b in itertools.pairwise(counts.offsets))
-        return draft.cut(num_rows, rows_per_expert, counts.per_expert, recv_counts), payload
+        return handle.cut(num_rows, rows_per_expert, counts.per_expert, recv_counts), payload
 
     def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
         """Wait for what comes, which `count` tells the host; raise if a rank cannot take part."""

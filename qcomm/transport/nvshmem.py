@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from qcomm import nvshmem_build
 from qcomm.config import BufferConfig, Member
 from qcomm.exchange import CombineOptions, WireInput
 from qcomm.formats import WireFormat
-from qcomm.handle import DispatchHandle, Owner
+from qcomm.handle import Addresses, DispatchHandle, Owner
 from qcomm.jit import KernelSpec
 from qcomm.ops import forward
 from qcomm.ops.comm import Nodes, State
@@ -84,23 +83,21 @@ class NvshmemTransport(NvlinkTransport):
     def _forward_nodes(self) -> int:
         return self._topology.num_nodes if self._forwards else 0
 
-    def _forward_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    @property
+    def _forward_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         if not self._forwards:
-            return {}
+            return ()
         nodes, each = self._topology.num_nodes, 1 + self._topology.ranks_per_node
-        return {
-            "counts": (nodes,),
-            "slots": (nodes, self._config.num_max_tokens_per_rank, each),
-        }
+        return ("counts", (nodes,)), ("slots", (nodes, self._config.num_max_tokens_per_rank, each))
 
     def _send(
-        self, call: Call, x: WireInput, handle: DispatchHandle, routing: Routing | None, wire: WireFormat, seed: int
+        self, call: Call, x: WireInput, parts: Addresses, routing: Routing | None, wire: WireFormat, seed: int
     ) -> None:
-        super()._send(call, x, handle, routing, wire, seed)
+        super()._send(call, x, parts, routing, wire, seed)
         if self._forwards:
             with call.beside(self._forward_stream) as stream:
                 hidden, replays = self._config.hidden, routing is None
-                forward.launch_dispatch_forward(self._launcher, stream, handle, wire, hidden, replays=replays)
+                forward.launch_dispatch_forward(self._launcher, stream, parts, wire, hidden, replays=replays)
 
     def _send_sums(
         self,

@@ -1,0 +1,138 @@
+"""A handle in the making.
+
+Kernels need the addresses of its parts at once, the caller its tensors when the call returns. Making these takes the
+host longer than launching kernels does, so they are made behind the launches, while the GPU works.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from qcomm.exchange import DispatchOptions
+from qcomm.formats import RecvLayout
+from qcomm.handle import FLOAT_PARTS, NOT_BY_TOKEN, DispatchHandle, Forward, Owner, part_shapes
+from qcomm.records import align
+
+_PLANS = 1024
+"""Plans that are remembered, one for each number of tokens and rows."""
+
+
+class _Part(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    dtype: torch.dtype
+
+
+class Plan(NamedTuple):
+    """Where the parts of a handle, and what else routing writes, lie in one piece of `num_words` 4-byte words."""
+
+    parts: Mapping[str, _Part]
+    num_words: int
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def make_plan(
+    recv_layout: RecvLayout,
+    forward_nodes: int,
+    forward_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    **sizes: int,
+) -> Plan:
+    """Plan a handle of worst-case length.
+
+    Args:
+        recv_layout: of the dispatch.
+        forward_nodes: nodes that tokens are numbered within, to be forwarded there, or 0.
+        forward_shapes: name and shape of what `Forward` holds besides `node_slot`.
+        sizes: those that `part_shapes` takes.
+
+    Returns:
+        The parts of `part_shapes` in their order; then `ordinals` of `route`, `source_starts` of `count`, those of
+        `forward_shapes`, and `overflows`. A token's `node_slot` stands behind its `send_slot`.
+    """
+    shapes = part_shapes(recv_layout, **sizes)
+    num_tokens, num_ranks = sizes["num_tokens"], sizes["num_ranks"]
+    shapes["send_slot"] = (num_tokens, num_ranks + forward_nodes)
+    shapes["ordinals"] = (num_tokens, sizes["num_topk"])
+    shapes["source_starts"] = (num_ranks, sizes["num_local_experts"])
+    shapes |= dict(forward_shapes)
+    parts, start = {}, 0
+    for name, shape in shapes.items():
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        parts[name] = _Part(shape, strides, start, torch.float32 if name in FLOAT_PARTS else torch.int32)
+        start += math.prod(shape)
+    slots = parts["send_slot"]
+    parts["send_slot"] = slots._replace(shape=(num_tokens, num_ranks))
+    if forward_nodes:
+        parts["node_slot"] = slots._replace(shape=(num_tokens, forward_nodes), start=slots.start + num_ranks)
+    if recv_layout == "token_major":
+        for name in NOT_BY_TOKEN:
+            del parts[name]
+    parts["overflows"] = _Part((4,), (1,), align(start, 2), torch.int64)
+    return Plan(parts, align(start, 2) + 4)
+
+
+class Draft:
+    """A handle whose tensors are made when they are asked for.
+
+    Args:
+        plan: of its parts.
+        num_rows, rows_per_expert: of the worst case, as in the handle.
+        device: to allocate on.
+
+    Attributes:
+        addresses: of all parts.
+        num_rows, rows_per_expert: as given.
+    """
+
+    def __init__(self, plan: Plan, num_rows: int, rows_per_expert: int, device: torch.device) -> None:
+        self._parts = plan.parts
+        self.num_rows, self.rows_per_expert = num_rows, rows_per_expert
+        self._memory = torch.empty(plan.num_words, dtype=torch.int32, device=device)
+        base = self._memory.data_ptr()
+        self.addresses = {name: base + 4 * part.start for name, part in plan.parts.items()}
+
+    def overflows(self) -> torch.Tensor:
+        """Return the `[2]` int64 that the call counts spread overflows in."""
+        return self._tensor("overflows")
+
+    def handle(self, owner: Owner, options: DispatchOptions, *, has_weights: bool) -> DispatchHandle:
+        """Return the handle, of which the host knows no counts."""
+        by_token = options.recv_layout == "token_major"
+        send_slot, tensor = self._tensor("send_slot"), self._tensor
+        forwards = "node_slot" in self._parts
+        return DispatchHandle(
+            owner=owner,
+            num_tokens=send_slot.shape[0],
+            recv_layout=options.recv_layout,
+            alignment=options.alignment,
+            static=options.static,
+            num_rows=self.num_rows,
+            rows_per_expert=self.rows_per_expert,
+            has_weights=has_weights,
+            send_slot=send_slot,
+            recv_offsets=tensor("recv_offsets"),
+            record_src_token=tensor("record_src_token"),
+            record_topk_idx=tensor("record_topk_idx"),
+            record_topk_weights=tensor("record_topk_weights"),
+            record_rows=tensor("record_rows"),
+            row_record=tensor("row_record"),
+            row_src=tensor("row_src"),
+            row_weights=None if by_token else tensor("row_weights"),
+            num_tokens_per_expert=tensor("num_tokens_per_expert"),
+            num_tokens_per_expert_list=None,
+            group_offsets=None if by_token else tensor("group_offsets"),
+            send_counts=None,
+            recv_counts=None,
+            forward=Forward(tensor("node_slot"), tensor("counts"), tensor("slots")) if forwards else None,
+        )
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        shape, strides, start, dtype = self._parts[name]
+        part = self._memory.as_strided(shape, strides, start)
+        return part if dtype is torch.int32 else part.view(dtype)
