@@ -3,9 +3,9 @@
 MEMORY. Bytes of a rank, the largest of the ranks, above what was allocated before: weights, their gradients, the input
 and symmetric memory. held: after forward, less the output. rows: what held shrinks by when w1 is frozen, for then the
 dispatched rows are not kept. input: the rest of held with `recompute="swiglu"`, where only SwiGLU's input and a few
-bytes a row for routing remain. On CUDA the allocator counts (torch.cuda.memory_allocated); on the CPU, which has none,
-the tensors that autograd saves are counted, each storage once. peak: torch.cuda.max_memory_allocated of forward and
-backward.
+bytes a row for routing remain. On CUDA the allocator counts what it was asked for (requested_bytes of its statistics:
+its blocks are up to 1 MiB longer, by what was free); on the CPU, which has none, the tensors that autograd saves are
+counted, each storage once. peak: torch.cuda.max_memory_allocated of forward and backward.
 
 LARGEST BATCH. The most tokens a rank, in steps of 128 by bisection, with which the peak of forward and backward of a
 stack of layers stays below a budget on every rank. A stage of the stack is x + layer(rms_norm(x)); all have the same
@@ -72,10 +72,10 @@ def _held(member: Member, layer: MXFP4MoELayer, x: torch.Tensor) -> int:
     if member.device.type == "cuda":
         layer(x)
         harness.settle(member)
-        before = torch.cuda.memory_allocated(member.device)
+        before = _requested(member.device)
         out = layer(x)
         harness.settle(member)
-        return torch.cuda.memory_allocated(member.device) - before - out.numel() * out.element_size()
+        return _requested(member.device) - before - out.numel() * out.element_size()
     own = {each.untyped_storage().data_ptr() for each in (x, *layer.parameters())}
     found: dict[int, int] = {}
 
@@ -91,6 +91,11 @@ def _held(member: Member, layer: MXFP4MoELayer, x: torch.Tensor) -> int:
     total = sum(found.values())
     del out
     return total
+
+
+def _requested(device: torch.device) -> int:
+    """Return the bytes of all tensors on a GPU."""
+    return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"])
 
 
 def _peak(member: Member, layer: MXFP4MoELayer, x: torch.Tensor, stack: int) -> int | None:

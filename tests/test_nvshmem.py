@@ -140,15 +140,16 @@ def test_who_asks_for_ibgda(monkeypatch: pytest.MonkeyPatch, value: str | None, 
     assert nvshmem_build._asks_for_ibgda() is want
 
 
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
 @pytest.mark.parametrize("num_sms", [None, 1, 2, 24])
-def test_forwarding_takes_a_part_of_the_blocks(num_sms: int | None) -> None:
+def test_forwarding_takes_a_part_of_the_blocks(num_sms: int | None, op: Any) -> None:
     tunings = tuning.choose_all("none", 4, num_sms)
     launcher = comm.Launcher(None, comm.Comm(), 8, 132, tunings, 2)  # type: ignore[arg-type]
     wire = WireFormat("mxfp4")
-    blocks, send, on = (f("dispatch", wire) for f in (launcher.blocks, launcher.send_blocks, launcher.forward_blocks))
+    blocks, send, on = (f(op, wire) for f in (launcher.blocks, launcher.send_blocks, launcher.forward_blocks))
     assert send >= 1 <= on
     assert send + on == max(2, blocks)
-    assert launcher._replace(forward_nodes=0).send_blocks("dispatch", wire) == blocks
+    assert launcher._replace(forward_nodes=0).send_blocks(op, wire) == blocks
 
 
 @dataclasses.dataclass(frozen=True)

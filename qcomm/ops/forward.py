@@ -15,7 +15,7 @@ from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
 _BUDGET = Budget(warps=8, team_warps=1, registers=64, shared_bytes=92 * 1024, stages=16)
 _SENDERS = 4
 _FLAGS = {"in_flight": 4, "flags_together": 2}
-"""A quarter of the blocks that send without relays send nearly as much here, so each has more under way."""
+"""The few blocks that forward send nearly as much as the others, so each has more under way."""
 _SUM_THREADS = 512
 _SUM_REGISTERS = 64
 _ROTATED_SUM_THREADS = 256
