@@ -411,7 +411,7 @@ def render_layer(path: Path) -> str:
         f"{sizes['tokens']} tokens a rank of {sizes['hidden']}, top-{sizes['topk']} of {sizes['experts']} experts of "
         f"{sizes['intermediate']}; {machine['devices']}, torch {machine['torch']}, NCCL {machine['nccl']}.\nCommands:\n"
         + "".join(f"`{command}`,\n" for command in dict.fromkeys(line["command"] for line in lines))
-        + f"commit {short_commit(first)}. {LINK}{LAYER_RESULTS}](../{LAYER_RESULTS}).\n",
+        + f"commit {', '.join(dict.fromkeys(map(short_commit, lines)))}. {LINK}{LAYER_RESULTS}](../{LAYER_RESULTS}).\n",
     ]
     return "\n".join(parts)
 
