@@ -22,6 +22,8 @@ from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 WireInput = torch.Tensor | FP8Tensor | MXFP4Tensor
+_ROWS_AT_ONCE = 1 << 13
+"""Rows that are converted together, for the oracle needs some 50 bytes an element meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +372,7 @@ def lay_out(
     if options.columnwise:
         assert group_offsets is not None
         offsets = [int(offset) for offset in group_offsets]
-        if isinstance(held, MXFP4Tensor):
-            x_columnwise, sf_columnwise, overflows[1] = reference_columnwise.mxfp4_to_fp8_columnwise(held, offsets)
-        else:
-            values = reference.dequantize_fp8(held) if isinstance(held, FP8Tensor) else held
-            x_columnwise, sf_columnwise = reference_columnwise.quantize_fp8_columnwise(values, offsets)
+        x_columnwise, sf_columnwise, overflows[1] = _convert_columnwise(held, offsets, overflows[1])
     return Payload(x, sf, x_columnwise, sf_columnwise, torch.stack(overflows))
 
 
@@ -475,7 +473,57 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
+def _rows(x: WireInput, begin: int, end: int) -> WireInput:
+    if isinstance(x, FP8Tensor):
+        return FP8Tensor(x.data[begin:end], x.sf[begin:end])
+    if isinstance(x, MXFP4Tensor):
+        return MXFP4Tensor(x.qdata[begin:end], x.sf[begin:end], x.hadamard)
+    return x[begin:end]
+
+
 def _convert(
+    held: WireInput, options: DispatchOptions, none: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Convert rows, some at once; returns data, scales, and the number of spread overflows."""
+    num_rows = held.shape[0]
+    begins = range(0, max(num_rows, 1), _ROWS_AT_ONCE)
+    pieces = [_convert_some(_rows(held, begin, begin + _ROWS_AT_ONCE), options, none) for begin in begins]
+    data, scales, overflows = zip(*pieces, strict=True)
+    if scales[0] is None:
+        return _joined(data), None, sum(overflows, none)
+    if options.recv_dtype == "mxfp4":
+        return _joined(data), _joined(scales), sum(overflows, none)
+    sf = empty_scales(num_rows, scales[0].shape[1], options.sf_layout, scales[0].device)
+    sf.copy_(_joined(scales))
+    return _joined(data), sf, sum(overflows, none)
+
+
+def _convert_columnwise(
+    held: WireInput, offsets: list[int], none: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Transpose groups of rows, some at once; returns data, scales, and the number of spread overflows."""
+    pieces, first = [], 0
+    for last in range(1, len(offsets)):
+        if last + 1 < len(offsets) and offsets[last + 1] - offsets[first] <= _ROWS_AT_ONCE:
+            continue
+        some, own = _rows(held, offsets[first], offsets[last]), [o - offsets[first] for o in offsets[first : last + 1]]
+        if isinstance(some, MXFP4Tensor):
+            pieces.append(reference_columnwise.mxfp4_to_fp8_columnwise(some, own))
+        else:
+            values = reference.dequantize_fp8(some) if isinstance(some, FP8Tensor) else some
+            pieces.append((*reference_columnwise.quantize_fp8_columnwise(values, own), none))
+        first = last
+    data, scales, overflows = zip(*pieces, strict=True)
+    return _joined(data), _joined(scales), sum(overflows, none)
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([_bytes(piece) for piece in pieces]).view(pieces[0].dtype)
+
+
+def _convert_some(
     held: WireInput, options: DispatchOptions, none: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     overflows = none
@@ -494,6 +542,4 @@ def _convert(
         fp8, overflows = reference.mxfp4_to_fp8(held)
     else:
         fp8 = held if isinstance(held, FP8Tensor) else reference.quantize_fp8(held)
-    sf = empty_scales(fp8.sf.shape[0], fp8.sf.shape[1], options.sf_layout, fp8.sf.device)
-    sf.copy_(fp8.sf)
-    return fp8.data, sf, overflows
+    return fp8.data, fp8.sf, overflows

@@ -15,7 +15,7 @@ from cases import WIRES, Case
 
 from qcomm import FP8Tensor, MXFP4Tensor, WireFormat, exchange, reference, reference_exchange
 from qcomm.exchange import DispatchOptions
-from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_LAYOUTS, ScaleLayout
+from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_LAYOUTS, RecvDtype, ScaleLayout, WireKind
 from qcomm.records import MetadataLayout, RecordLayout, align
 
 BF16 = WireFormat("bf16")
@@ -227,3 +227,41 @@ def test_worst_case_is_enough(layout: Any) -> None:
         assert num_rows % (1 if layout == "token_major" else alignment) == 0
         exact, _ = exchange.exact_rows(options, len(rows.rows_of_token), tuple(rows.tokens_per_expert))
         assert exact == len(rows.token_of_row)
+
+
+@pytest.mark.parametrize(
+    ("recv_dtype", "columnwise"), [("fp8", False), ("fp8", True), ("bf16", False), ("mxfp4", False)]
+)
+@pytest.mark.parametrize("wire", ["bf16", "fp8", "mxfp4"])
+def test_rows_are_converted_some_at_once(
+    monkeypatch: pytest.MonkeyPatch, wire: WireKind, recv_dtype: RecvDtype, columnwise: bool
+) -> None:
+    """As together; in columns by whole groups, of which one is empty and one longer than the rest."""
+    options = DispatchOptions(
+        recv_layout="expert_major",
+        recv_dtype=recv_dtype,
+        alignment=128,
+        columnwise=columnwise,
+        static=False,
+        capacity=None,
+        sf_layout=ScaleLayout.COLUMN_MAJOR,
+        wire=WireFormat(wire),
+        seed=0,
+        async_op=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.exp2(torch.randint(-20, 20, (700, 8), generator=generator)).repeat_interleave(32, dim=1)
+    x = torch.randn(700, 256, generator=generator) * spread
+    records = exchange.encode_wire(x.bfloat16(), options.wire)
+    rows = torch.randperm(1280, generator=generator)[:700, None].int()
+    offsets = torch.tensor([0, 128, 128, 640, 896, 1024, 1280])
+    want = exchange.lay_out(records, rows, 1280, offsets, 256, options)
+    monkeypatch.setattr(exchange, "_ROWS_AT_ONCE", 300)
+    found = exchange.lay_out(records, rows, 1280, offsets, 256, options)
+    for name, b in vars(want).items():
+        a = getattr(found, name)
+        assert (a is None) == (b is None), name
+        if b is not None:
+            assert (a.shape, a.stride()) == (b.shape, b.stride())
+            assert equal_bits(a, b), name
+    assert bool(want.spread_overflows.any()) == (wire == "mxfp4" and recv_dtype == "fp8")
