@@ -54,14 +54,14 @@ class Arrivals {
     int most_ = 0;
 };
 
-// Learns how many records come from each node, and that the ranks here have begun the call. Call from all
-// threads.
+// Learns how many records come from each node, and that every rank has begun the call: before that none
+// sends, and it is those that have not begun who are to blame. Call from all threads.
 __device__ __forceinline__ bool begin(const DispatchForwardParams& p, uint32_t epoch, ForwardBoard& board) {
     const Comm& comm = p.comm;
     const int node = threadIdx.x - 32;
     bool came = true;
-    if (threadIdx.x < kRanksPerNode) {
-        const int rank = node_of(comm.rank) * kRanksPerNode + threadIdx.x;
+    if (threadIdx.x < comm.num_ranks) {
+        const int rank = threadIdx.x;
         came = wait_flag(comm, flag_at(comm, comm.rank, comm.barrier_flags, rank), epoch, rank, kPhaseRoute);
     } else if (node >= 0 && node < kNodes) {
         const int source = counterpart(comm, node);

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from bit_patterns import equal_bits
 from cases import BF16, Case, Inputs
-from ranks import Pools, RankError, RankPool, need_gpus
+from ranks import Pools, RankError, RankPool, Target, need_gpus
 
 from qcomm import (
     Buffer,
@@ -26,6 +26,7 @@ from qcomm import (
     QcommPeerError,
     QcommTimeoutError,
     QcommUnsupportedError,
+    tuning,
 )
 from qcomm.config import Member
 from qcomm.exchange import WireInput
@@ -39,9 +40,9 @@ MARGIN_S = 5.0
 Call = Literal["dispatch", "static", "replay", "combine"]
 
 
-def warm_up(num_ranks: int, **changes: Any) -> None:
+def warm_up(num_ranks: int, backend: str = "nvlink") -> None:
     """Compile and load what later calls need, so that none of it counts against a short deadline."""
-    with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", **changes) as buffer:
+    with cases.make_buffer(CASE, num_ranks, "cuda", backend) as buffer:
         cases.works(buffer, CASE)
         cases.works(buffer, dataclasses.replace(CASE, static=True))
 
@@ -91,11 +92,11 @@ def context_works(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def own_pool(device: Literal["cpu", "cuda"]) -> Iterator[RankPool]:
+def own_pool(device: Literal["cpu", "cuda"], num_ranks: int = 2) -> Iterator[RankPool]:
     """Make a pool that a test may break."""
     if device == "cuda":
-        need_gpus(2)
-    pool = RankPool(2, device)
+        need_gpus(num_ranks)
+    pool = RankPool(num_ranks, device)
     try:
         yield pool
     finally:
@@ -124,20 +125,20 @@ def survive(pool: RankPool, fn: Callable[..., None], told: Path, *args: object) 
 # On GPUs: a peer that does not come.
 
 
-def _absent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
-    warm_up(num_ranks)
-    with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", deadline_s=DEADLINE_S) as buffer:
+def _absent(rank: int, num_ranks: int, device: str, backend: str, call: Call, phase: str) -> None:
+    warm_up(num_ranks, backend)
+    with cases.make_buffer(CASE, num_ranks, device, backend, deadline_s=DEADLINE_S) as buffer:
         cases.works(buffer, CASE)
-        calls = Calls(buffer)
-        if rank == 0:
+        calls, last = Calls(buffer), num_ranks - 1
+        if rank != last:
             start = time.monotonic()
             error = calls.fails(QcommTimeoutError, call, DEADLINE_S)
             assert time.monotonic() - start > DEADLINE_S - 0.1
             assert isinstance(error.expected, int)
             assert isinstance(error.seen, int)
-            assert (error.peer, error.phase) == (1, phase)
+            assert (error.peer, error.phase) == (last, phase)
             assert error.seen < error.expected
-            for words in ("rank 0", "rank 1", phase, f"{DEADLINE_S} s", "reset()"):
+            for words in (f"rank {rank}", f"rank {last}", phase, f"{DEADLINE_S} s", "reset()"):
                 assert words in str(error)
             assert context_works(buffer.device)
             # Nothing waits any more, and every call says the same until the reset.
@@ -146,7 +147,7 @@ def _absent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
             for other in again:
                 repeated = calls.fails(QcommTimeoutError, other, DEADLINE_S)
                 assert str(repeated) == str(error)
-            with pytest.raises(QcommTimeoutError, match="rank 1"):
+            with pytest.raises(QcommTimeoutError, match=f"rank {last}"):
                 buffer.check()
             assert time.monotonic() - start < 1.0
         buffer.reset()
@@ -156,13 +157,33 @@ def _absent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
             cases.works(buffer, dataclasses.replace(CASE, static=static))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("call", "phase"), [("dispatch", "route"), ("static", "route"), ("replay", "barrier"), ("combine", "barrier")]
+ABSENT: tuple[tuple[Call, str], ...] = (
+    ("dispatch", "route"),
+    ("static", "route"),
+    ("replay", "barrier"),
+    ("combine", "barrier"),
 )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("call", "phase"), ABSENT)
 def test_a_peer_that_does_not_come(call: Call, phase: str) -> None:
     with own_pool("cuda") as pool:
-        pool.run(_absent, call, phase)
+        pool.run(_absent, "cuda", "nvlink", call, phase)
+
+
+def _absent_on_nodes(rank: int, num_ranks: int, device: str, backend: str) -> None:
+    # With relays, which few tokens do without.
+    with tuning.force(decode_tokens=0):
+        for call, phase in ABSENT:
+            _absent(rank, num_ranks, device, backend, call, phase)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks_per_node", [1, 2], ids=["2x1", "2x2"])
+def test_a_peer_that_does_not_come_on_nodes(ranks_per_node: int) -> None:
+    with own_pool("cuda", 2 * ranks_per_node) as pool:
+        Target(pool, "nvshmem", ranks_per_node).run(_absent_on_nodes)
 
 
 def _silent(rank: int, num_ranks: int, call: Call, phase: str) -> None:
