@@ -158,9 +158,11 @@ class Kernel:
     def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
         driver = self._driver
-        # Also below the 48 KiB that need no permission, because those count what the kernel itself declares.
+        # Also below the 48 KiB that need no permission, because those count what the kernel itself declares. Another
+        # buffer's loader may have the same function, which needs what the hungrier of the two takes.
         if shared_bytes > self._shared_bytes:
-            self._function.max_dynamic_shared_size_bytes = self._shared_bytes = shared_bytes
+            self._shared_bytes = max(shared_bytes, self._function.max_dynamic_shared_size_bytes)
+            self._function.max_dynamic_shared_size_bytes = self._shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         arguments = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
         (result,) = driver.cuLaunchKernel(*arguments)

@@ -13,6 +13,7 @@ import torch
 import torch._functorch.config as functorch_config
 from bit_patterns import equal_bits
 from cases import BF16, FP8, MXFP4, Case
+from fake_cuda import FakeCuda, nvlink_buffer
 from ranks import NODES, Target, targets
 from torch.utils.checkpoint import checkpoint
 
@@ -296,3 +297,21 @@ def test_nvlinks_handle_is_joined_without_a_copy(layout: Any) -> None:
     for a, b in zip(route_of(again), route_of(handle), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert not a.numel() or a.data_ptr() == b.data_ptr()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_nvlinks_results_share_no_memory(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    """An operator of torch may not return two tensors over one piece of memory."""
+    shape: dict[str, Any] = {"num_experts": 2, "num_topk": 2, "hidden": 128, "num_max_tokens_per_rank": 8}
+    torch.compiler.reset()
+    with nvlink_buffer(monkeypatch, FakeCuda(), **shape) as (buffer, _):
+        x, idx = torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 2, dtype=torch.int64)
+        weights = torch.ones(5, 2)
+
+        def layer(x: torch.Tensor) -> tuple[torch.Tensor, DispatchHandle]:
+            received, handle = qcomm.dispatch(x, idx, weights, buffer, static=True, recv_dtype="bf16")
+            again, _ = qcomm.dispatch(x, None, None, buffer, handle=handle, recv_dtype="bf16")
+            return received.x + again.x, handle
+
+        out, handle = torch.compile(layer, backend=compiler, fullgraph=True)(x)
+    assert out.shape == (handle.num_rows, 128)

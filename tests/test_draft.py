@@ -27,9 +27,7 @@ FORWARD = (("counts", (2,)), ("slots", (2, 16, 3)))
 
 def make_draft(layout: Any, nodes: int) -> Draft:
     plan = make_plan(layout, nodes, FORWARD if nodes else (), **SIZES)
-    draft = Draft(plan, SIZES["num_rows"], 0, torch.device("cpu"))
-    draft.overflows().fill_(7)
-    return draft
+    return Draft(plan, SIZES["num_rows"], 0, torch.device("cpu"))
 
 
 def options_of(layout: Any) -> DispatchOptions:
@@ -66,7 +64,7 @@ def test_addresses_are_those_of_the_tensors(layout: Any, nodes: int) -> None:
 def test_no_word_is_of_two_parts(nodes: int) -> None:
     draft = make_draft("expert_major", nodes)
     handle = draft.handle(Owner(1, 2), options_of("expert_major"), has_weights=True)
-    tensors = {name: getattr(handle, name) for name in PARTS} | {"overflows": draft.overflows()}
+    tensors = {name: getattr(handle, name) for name in PARTS}
     if handle.forward is not None:
         tensors |= vars(handle.forward)
     for number, tensor in enumerate(tensors.values()):
@@ -85,7 +83,6 @@ def test_no_word_is_of_two_parts(nodes: int) -> None:
                 + 4 * sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)),
             )
             assert last < begin or first >= begin + length, name
-    assert draft.addresses["overflows"] % 8 == 0
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -43,7 +43,6 @@ WIRES = [
 SM_REGISTERS = 65536
 SM_SHARED_BYTES = 227 * 1024
 SM_THREADS = 2048
-RESERVED_SHARED_BYTES = 1024
 
 SPILLS = {
     "dispatch_recv_columnwise bf16->fp8": (64, "four rows of 16 floats; spilling costs less than a second pass"),
@@ -245,7 +244,7 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
                     receive = dispatch.Receive(launcher, placement, options, hidden, overflows, places=places)
                     receive.launch(0, 128, 0)
                 static = dataclasses.replace(options, static=True)
-                if not dispatch_decode.suits(launcher, static, 1):
+                if not dispatch_decode.suits(launcher, static, 1, hidden):
                     continue
                 _, params = receive.prepare(128, 0)
                 for x in (tokens(kind, wire, hidden) for kind in WIRE_KINDS):
@@ -289,7 +288,7 @@ def assert_fit(pair: tuple[Launch, Launch], usage: dict[KernelSpec, ResourceUsag
     each = [32 * 8 * -(-usage[launch.spec].registers // 8) for launch in pair]
     registers = sum(a * b for a, b in zip(warps, each, strict=True))
     static = sum(usage[launch.spec].static_shared_bytes for launch in pair)
-    shared = sum(launch.shared_bytes + RESERVED_SHARED_BYTES for launch in pair) + static
+    shared = sum(launch.shared_bytes + comm.RESERVED_SHARED_BYTES for launch in pair) + static
     threads = sum(launch.threads for launch in pair)
     assert registers <= SM_REGISTERS, f"{names} take {registers} registers of an SM"
     assert shared <= SM_SHARED_BYTES, f"{names} take {shared} bytes of an SM"
@@ -347,21 +346,22 @@ def test_few_tokens_take_one_kernel() -> None:
     )
     kernels, record = None, one_record(8)
     launcher = make_launcher(kernels)
-    assert dispatch_decode.suits(launcher, options, 256)
+    assert dispatch_decode.suits(launcher, options, 256, 7168)
     assert combine.is_decode(launcher, record, options.wire)
-    assert not dispatch_decode.suits(launcher, options, 257)
-    assert not dispatch_decode.suits(launcher, dataclasses.replace(options, static=False), 1)
+    assert not dispatch_decode.suits(launcher, options, 257, 7168)
+    assert not dispatch_decode.suits(launcher, dataclasses.replace(options, static=False), 1, 7168)
     with tuning.force(decode_tokens=0):
         launcher = make_launcher(kernels)
-    assert not any(dispatch_decode.suits(launcher, options, num_tokens) for num_tokens in (0, 1))
+    assert not any(dispatch_decode.suits(launcher, options, num_tokens, 7168) for num_tokens in (0, 1))
     assert not combine.is_decode(launcher, record, options.wire)
-    # However many tokens the table allows, the tables of experts must fit the shared memory of a block.
+    # However many tokens the table allows, two such kernels must fit an SM with their tables of experts.
     with tuning.force(decode_tokens=100_000):
         launcher = make_launcher(kernels)
-    assert dispatch_decode.suits(launcher, options, 2048)
-    assert not dispatch_decode.suits(launcher, options, 100_000)
+    assert dispatch_decode.suits(launcher, options, 512, 7168)
+    assert not dispatch_decode.suits(launcher, options, 2048, 7168)
     with tuning.force(decode_tokens=256):
-        assert not dispatch_decode.suits(make_launcher(kernels, num_experts=8192), options, 256)
+        assert dispatch_decode.suits(make_launcher(kernels, num_experts=512), options, 256, 7168)
+        assert not dispatch_decode.suits(make_launcher(kernels, num_experts=2048), options, 256, 7168)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -393,7 +393,7 @@ def test_a_call_of_one_kernel_leaves_room_for_another_buffers(
 @pytest.mark.parametrize("hidden", [128, 384, 2048, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 24576])
 def test_the_budgets_hold_for_any_hidden(hidden: int) -> None:
     for pair in pairs(launches(hidden, 8)):
-        shared = sum(launch.shared_bytes + RESERVED_SHARED_BYTES for launch in pair)
+        shared = sum(launch.shared_bytes + comm.RESERVED_SHARED_BYTES for launch in pair)
         assert shared <= SM_SHARED_BYTES, f"{[label(launch.spec) for launch in pair]} take {shared} bytes of an SM"
 
 
@@ -503,6 +503,9 @@ def test_send_teams(hidden: int, budget: comm.Budget, senders: int, chunks: int)
     assert make(1024, 640, dispatch._SEND, 2) == comm.Teams(2, 6, 12, 640, chunks=0, **rest)
     rest = {"rings": 1, "senders": 1, "helpers": 1}
     assert make(40960, 81920, dispatch._SEND, 2) == comm.Teams(14, 1, 1, 81920, chunks=0, **rest)
+    # A stage past the budget is there as a whole.
+    whole = make(24576, 98432, dispatch_decode._BUDGET, 2)
+    assert (whole.stages, whole.shared_bytes) == (1, 98432)
     rest = {"rings": 1, "senders": 2, "helpers": 3}
     assert make(7168, 14336, combine._SEND, 2, 24) == comm.Teams(14, 1, 4, 14336, chunks=8, **rest)
 
@@ -688,3 +691,30 @@ def test_a_real_cubin_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     path = jit.cubin_path(comm.barrier_spec(), ARCH)
     assert path.read_bytes().startswith(b"\x7fELF")
     assert re.fullmatch(r"barrier-sm_90-[0-9a-f]{24}\.cubin", path.name)
+
+
+def test_a_function_that_two_buffers_share_takes_what_the_hungrier_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaders that load one cubin get one function of the driver, whose attribute is the process's."""
+    granted = {"bytes": 48 * 1024}
+
+    class Function:
+        kernel = SimpleNamespace(ptr=7)
+
+        @property
+        def max_dynamic_shared_size_bytes(self) -> int:
+            return granted["bytes"]
+
+        @max_dynamic_shared_size_bytes.setter
+        def max_dynamic_shared_size_bytes(self, value: int) -> None:
+            granted["bytes"] = value
+
+    def launch(*arguments: Any) -> tuple[int]:
+        assert arguments[7] <= granted["bytes"]
+        return (0,)
+
+    one, other = jit.Kernel(Function(), False), jit.Kernel(Function(), False)
+    for kernel in (one, other):
+        monkeypatch.setattr(kernel, "_driver", SimpleNamespace(cuLaunchKernel=launch))
+        monkeypatch.setattr(kernel, "_success", 0)
+    for kernel, shared_bytes in ((one, 100_000), (other, 2_000), (one, 100_000), (other, 120_000), (one, 110_000)):
+        kernel.launch(1, 32, shared_bytes, 0, route.RouteParams())

@@ -17,6 +17,8 @@ from qcomm.tuning import Op, Tuning, Tunings
 MAX_RANKS = 16
 MAX_TOPK = 32
 MAX_BLOCK_SHARED_BYTES = 227 * 1024
+RESERVED_SHARED_BYTES = 1024
+"""What a block costs of an SM's besides its own."""
 MAX_HIDDEN = 40960
 """A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
 _WARP_ELEMENTS = 512
@@ -287,7 +289,8 @@ def send_teams(hidden: int, stage_bytes: int, budget: Budget, senders: int, max_
     stages -= stages % senders
     count = max(1, min(stages // (1 if loads else senders), budget.warps // warps))
     shape = Teams(warps, count, stages, stage_bytes, chunks=0, senders=senders, helpers=senders + loads, rings=1)
-    chunks = min(max_chunks, (budget.shared_bytes - shape.shared_bytes) // shape.chunk_bytes)
+    # One stage there is, however long, and then no room is left.
+    chunks = min(max_chunks, max(0, budget.shared_bytes - shape.shared_bytes) // shape.chunk_bytes)
     return dataclasses.replace(shape, chunks=chunks)
 
 

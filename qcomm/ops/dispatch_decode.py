@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 
 from qcomm.exchange import DispatchOptions, WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
@@ -12,6 +13,7 @@ from qcomm.jit import KernelSpec
 from qcomm.ops import count
 from qcomm.ops.comm import (
     MAX_BLOCK_SHARED_BYTES,
+    RESERVED_SHARED_BYTES,
     Budget,
     Launcher,
     Teams,
@@ -33,7 +35,7 @@ from qcomm.tuning import Tuning
 
 _SENDERS = 2
 _BUDGET = Budget(warps=14, team_warps=7, registers=56, shared_bytes=88 * 1024, stages=6)
-_STATIC_SHARED_BYTES = 8 * 1024
+_STATIC_SHARED_BYTES = 6 * 1024
 """More than the kernel itself declares."""
 
 
@@ -74,12 +76,17 @@ def dispatch_decode_spec(
     )
 
 
-def suits(launcher: Launcher, options: DispatchOptions, num_tokens: int) -> bool:
-    """Tell whether a dispatch can be done by one kernel, and is faster by it."""
-    room = MAX_BLOCK_SHARED_BYTES - _STATIC_SHARED_BYTES - _BUDGET.shared_bytes
+def suits(launcher: Launcher, options: DispatchOptions, num_tokens: int, hidden: int) -> bool:
+    """Tell whether a dispatch can be done by one kernel, and is faster by it.
+
+    Two of them must fit an SM: ranks may begin the calls of two buffers in different orders.
+    """
     few = launcher.tuning("dispatch", options.wire).is_few(num_tokens)
-    few = few and table_bytes(launcher, num_tokens) <= room
-    return few and options.static and not options.columnwise and stays_in_bits(options.recv_dtype, options.wire)
+    if not few or not options.static or options.columnwise or not stays_in_bits(options.recv_dtype, options.wire):
+        return False
+    sharing = _teams(options.recv_dtype, WireFormat(options.wire.kind), hidden, launcher.num_topk)
+    taken = sharing.shared_bytes + table_bytes(launcher, num_tokens) + _STATIC_SHARED_BYTES + RESERVED_SHARED_BYTES
+    return 2 * taken <= MAX_BLOCK_SHARED_BYTES
 
 
 def launch_decode(
@@ -120,6 +127,7 @@ def table_bytes(launcher: Launcher, num_tokens: int) -> int:
     return max(4 * bitmaps, count.table_bytes(launcher) + 4 * counted)
 
 
+@functools.cache
 def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block, one for each sender where there is room; a stage holds a record and their rows."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))

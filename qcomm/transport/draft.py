@@ -16,7 +16,6 @@ import torch
 from qcomm.exchange import DispatchOptions
 from qcomm.formats import RecvLayout
 from qcomm.handle import FLOAT_PARTS, NOT_BY_TOKEN, DispatchHandle, Forward, Owner, part_shapes
-from qcomm.records import align
 
 _PLANS = 1024
 """Plans that are remembered, one for each number of tokens and rows."""
@@ -52,8 +51,8 @@ def make_plan(
         sizes: those that `part_shapes` takes.
 
     Returns:
-        The parts of `part_shapes` in their order; then `ordinals` of `route`, `source_starts` of `count`, those of
-        `forward_shapes`, and `overflows`. A token's `node_slot` stands behind its `send_slot`.
+        The parts of `part_shapes` in their order; then `ordinals` of `route`, `source_starts` of `count`, and those of
+        `forward_shapes`. A token's `node_slot` stands behind its `send_slot`.
     """
     shapes = part_shapes(recv_layout, **sizes)
     num_tokens, num_ranks = sizes["num_tokens"], sizes["num_ranks"]
@@ -73,8 +72,7 @@ def make_plan(
     if recv_layout == "token_major":
         for name in NOT_BY_TOKEN:
             del parts[name]
-    parts["overflows"] = _Part((4,), (1,), align(start, 2), torch.int64)
-    return Plan(parts, align(start, 2) + 4)
+    return Plan(parts, start)
 
 
 class Draft:
@@ -96,10 +94,6 @@ class Draft:
         self._memory = torch.empty(plan.num_words, dtype=torch.int32, device=device)
         base = self._memory.data_ptr()
         self.addresses = {name: base + 4 * part.start for name, part in plan.parts.items()}
-
-    def overflows(self) -> torch.Tensor:
-        """Return the `[2]` int64 that the call counts spread overflows in."""
-        return self._tensor("overflows")
 
     def handle(self, owner: Owner, options: DispatchOptions, *, has_weights: bool) -> DispatchHandle:
         """Return the handle, of which the host knows no counts."""

@@ -115,17 +115,19 @@ class NvlinkTransport:
         hidden = self._config.hidden
         with self._begin(options, x, topk_idx, topk_weights) as call:
             draft, routing = self._draft(len(topk_idx), options), Routing(topk_idx, topk_weights)
-            decodes = not options.split and dispatch_decode.suits(self._launcher, options, len(topk_idx))
+            decodes = not options.split and dispatch_decode.suits(self._launcher, options, len(topk_idx), hidden)
             if not decodes:
                 route.launch_route(self._launcher, call.stream, topk_idx, draft.addresses)
                 self._send(call, x, draft.addresses, routing, options.wire, options.seed)
-            placement = Placement.of(draft.addresses, options, draft.num_rows, draft.rows_per_expert)
-            receive = Receive(self._launcher, placement, options, hidden, draft.overflows(), places=True)
+            # Apart from the handle's memory, for an operator of torch may not return both in one piece.
+            overflows = torch.empty(2, dtype=torch.int64, device=self._member.device)
+            parts = {**draft.addresses, "overflows": overflows.data_ptr()}
+            placement = Placement.of(parts, options, draft.num_rows, draft.rows_per_expert)
+            receive = Receive(self._launcher, placement, options, hidden, overflows, places=True)
             make_handle = functools.partial(draft.handle, self._owner, options, has_weights=topk_weights is not None)
             counts = functools.partial(self._launch_count, placement=placement, options=options)
             if decodes:
                 payload, params = receive.prepare(draft.num_rows, draft.rows_per_expert)
-                parts = draft.addresses
                 dispatch_decode.launch_decode(self._launcher, call.stream, x, parts, routing, params, options)
                 handle = make_handle()
             elif options.split:
