@@ -72,6 +72,7 @@ def dispatch(
         facts = [owner.buffer, owner.generation, chosen.alignment, num_rows, rows_per_expert, has_weights]
         route = []
     else:
+        buffer._check_handle(handle)
         facts, route = facts_of(handle), route_of(handle)
     sizes = [num_ranks, num_local, buffer.num_topk, num_records]
     rows, weights, data, sf, x_columnwise, sf_columnwise, overflows, piece = _dispatch(

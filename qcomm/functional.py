@@ -153,7 +153,8 @@ def combine(y: torch.Tensor, handle: DispatchHandle, *, weighted: bool | None = 
 
 
 def _combine(y: torch.Tensor, handle: DispatchHandle, weighted: bool, seed: int) -> torch.Tensor:
-    call = _CombineCall(Buffer.of(handle), handle, weighted, seed)
+    # The buffer's log keeps the handle, which must not keep the graph.
+    call = _CombineCall(Buffer.of(handle), _without(handle, handle.row_weights), weighted, seed)
     out: torch.Tensor = _Combine.apply(y, handle.row_weights if weighted else None, call)
     return out
 
@@ -186,8 +187,12 @@ class _Dispatch(torch.autograd.Function):
             rows = torch.zeros((), dtype=torch.bfloat16, device=rows.device).expand(shape)
         by_token = handle.recv_layout == "token_major"
         weights = received.topk_weights if by_token else received.weights
+        # An object of its own: the handle's may be an output of a replayed call, and the buffer's log keeps it.
+        weights = None if weights is None else weights.detach()
+        if weights is not None and not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(weights)
         # Nothing that ctx keeps may be an output: it would keep ctx, and neither would ever be freed.
-        ctx.buffer, ctx.handle = call.buffer, _without(handle, rows, weights)
+        ctx.buffer, ctx.handle = call.buffer, _without(handle, rows, handle.row_weights)
         ctx.seed, ctx.shape, ctx.device = call.options["seed"], shape, rows.device
         ctx.topk_idx = received.topk_idx if by_token else None
         return rows, weights

@@ -453,3 +453,87 @@ def _rows_left(rank: int, num_ranks: int, device: str, backend: str) -> list[str
 @targets(2)
 def test_rows_are_freed_with_the_graph(target: Target) -> None:
     assert target.run(_rows_left) == [[]] * target.pool.num_ranks
+
+
+def _replayed_between(rank: int, num_ranks: int, device: str, backend: str) -> list[torch.Tensor]:
+    """Gradients of a call's weights, without and with a replay between it and its combine; that has none."""
+    case = dataclasses.replace(BASE, recv_dtype="bf16")
+    found = []
+    with _buffer(case, [BF16] * 4, num_ranks, device, backend) as buffer:
+        inputs = cases.make_inputs(case, num_ranks)
+        x, other = (_leaf(inputs.xs[rank], buffer.device) for _ in range(2))
+        assert inputs.topk_weights is not None
+        for replays in (False, True):
+            weights = _leaf(inputs.topk_weights[rank], buffer.device)
+            idx = inputs.topk_idxs[rank].to(buffer.device)
+            received, handle = qcomm.dispatch(x, idx, weights, buffer, recv_dtype="bf16", alignment=case.alignment)
+            if replays:
+                qcomm.dispatch(other, None, None, buffer, handle=handle, recv_dtype="bf16")
+            qcomm.combine(received.x, handle).float().sum().backward()
+            assert weights.grad is not None
+            found.append(weights.grad.cpu())
+            assert other.grad is None
+    return found
+
+
+@targets(2)
+def test_a_replay_takes_no_gradients_of_the_first_call(target: Target) -> None:
+    for alone, replayed in target.run(_replayed_between):
+        assert alone.any()
+        assert equal_bits(alone, replayed)
+
+
+def _kept_upstream(rank: int, num_ranks: int, device: str, backend: str, combines: bool) -> bool:
+    """Tell whether what is upstream of a dropped result stays alive."""
+
+    class Upstream(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.kept = torch.zeros(1)
+            left.append(weakref.ref(ctx.kept))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, d_x: torch.Tensor) -> torch.Tensor:
+            return d_x
+
+    case = dataclasses.replace(BASE, recv_dtype="bf16")
+    left: list[weakref.ref[torch.Tensor]] = []
+    with _buffer(case, [BF16] * 4, num_ranks, device, backend) as buffer:
+        inputs = cases.make_inputs(case, num_ranks)
+        x, idx = _leaf(inputs.xs[rank], buffer.device), inputs.topk_idxs[rank].to(buffer.device)
+        assert inputs.topk_weights is not None
+        weights = _leaf(inputs.topk_weights[rank], buffer.device)
+        received, handle = qcomm.dispatch(
+            Upstream.apply(x), idx, Upstream.apply(weights), buffer, recv_dtype="bf16", alignment=case.alignment
+        )
+        out = qcomm.combine(received.x, handle) if combines else None
+        del received, handle, out
+        gc.collect()
+        return any(each() is not None for each in left)
+
+
+@pytest.mark.parametrize("combines", [False, True], ids=["dispatch", "combine"])
+@targets(2)
+def test_a_buffer_does_not_keep_the_graph(target: Target, combines: bool) -> None:
+    assert not any(target.run(_kept_upstream, combines))
+
+
+def _differentiable_weights(rank: int, num_ranks: int, device: str, backend: str) -> list[bool]:
+    case = dataclasses.replace(BASE, recv_dtype="bf16")
+    found = []
+    with _buffer(case, [BF16] * 4, num_ranks, device, backend) as buffer:
+        inputs = cases.make_inputs(case, num_ranks)
+        x, idx = _leaf(inputs.xs[rank], buffer.device), inputs.topk_idxs[rank].to(buffer.device)
+        assert inputs.topk_weights is not None
+        weights = inputs.topk_weights[rank].to(buffer.device)
+        for given in (None, weights, weights.clone().requires_grad_()):
+            received, _ = qcomm.dispatch(x, idx, given, buffer, recv_dtype="bf16", alignment=case.alignment)
+            assert received.weights is not None
+            found.append(received.weights.requires_grad)
+    return found
+
+
+@targets(1)
+def test_weights_have_gradients_if_those_given_have(target: Target) -> None:
+    assert target.run(_differentiable_weights) == [[False, False, True]] * target.pool.num_ranks
