@@ -35,13 +35,14 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
     const int begin = blockIdx.x * p.chunk;
     const int end = min(begin + p.chunk, p.num_tokens);
     const uint32_t epoch = comm.state->epoch + 1;
+    const bool dead = timed_out(comm);
     const bool is_last = blockIdx.x == gridDim.x - 1;
     const RouteMap map = {comm, shared + num_keys, words, begin};
-    if (blockIdx.x == 0 && threadIdx.x < 32) announce(comm, epoch);
-
     for (int i = threadIdx.x; i < num_keys * (1 + words); i += blockDim.x)
         shared[i] = 0;
-    __syncthreads();
+    // Peers that are late must find what the call that timed out told them, and nothing newer.
+    if (__syncthreads_or(dead)) return;
+    if (blockIdx.x == 0 && threadIdx.x < 32) announce(comm, epoch);
     const int first_bad = map.fill(p.topk_idx, end);
     if (first_bad != kNoBadToken) atomicMin(&comm.state->bad_token, first_bad);
     __syncthreads();

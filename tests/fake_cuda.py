@@ -143,7 +143,7 @@ def nvlink_buffer(
 
     def allocate(provider: str, num_bytes: int, member: Member) -> Any:
         local = torch.zeros(num_bytes, dtype=torch.uint8)
-        return SimpleNamespace(local=local, peers=[local.data_ptr()], free=lambda: None)
+        return SimpleNamespace(local=local, peers=[local.data_ptr()], settle=lambda: None, free=lambda: None)
 
     def create(choice: object, config: BufferConfig, member: Member, owner: Owner, *_: object) -> NvlinkTransport:
         stream: Any = cuda.make_stream()

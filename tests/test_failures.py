@@ -212,6 +212,37 @@ def test_a_peer_that_comes_and_sends_nothing(call: Call, phase: str) -> None:
         pool.run(_silent, call, phase)
 
 
+def _late(rank: int, num_ranks: int) -> None:
+    """A rank whose call timed out queues more, the last without tokens; then the peer comes."""
+    warm_up(num_ranks)
+    with tuning.force(decode_tokens=0):
+        warm_up(num_ranks)
+        with cases.make_buffer(CASE, num_ranks, "cuda", "nvlink", deadline_s=DEADLINE_S) as buffer:
+            cases.works(buffer, CASE)
+            calls = Calls(buffer)
+            args = cases.arguments(buffer, CASE, calls.inputs)
+            x, idx = args["x"], args["topk_idx"]
+            if rank == 0:
+                buffer.dispatch(x, idx, static=True, alignment=CASE.alignment)
+                buffer.combine(calls.y, calls.handle)
+                buffer.dispatch(x[:0], idx[:0], static=True, alignment=CASE.alignment)
+                gather(num_ranks)
+                with pytest.raises(QcommTimeoutError):
+                    cases.sync(buffer)
+            else:
+                time.sleep(DEADLINE_S + 1.0)
+                gather(num_ranks)
+                assert calls.fails(QcommTimeoutError, "static", DEADLINE_S).peer == 0
+            buffer.reset()
+            cases.works(buffer, CASE)
+
+
+@pytest.mark.gpu
+def test_a_late_peer_is_told_nothing_newer_than_what_timed_out() -> None:
+    with own_pool("cuda") as pool:
+        pool.run(_late)
+
+
 def leaves(buffer: Buffer, error: QcommError) -> None:
     """Require that an error leaves the buffer's block as it is, without waiting for the peers."""
     start = time.monotonic()

@@ -169,7 +169,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
 
     def memory(num_bytes: int, *_: object) -> Any:
         local = torch.zeros(num_bytes, dtype=torch.uint8)
-        return SimpleNamespace(local=local, peers=[local.data_ptr()], free=lambda: None)
+        return SimpleNamespace(local=local, peers=[local.data_ptr()], settle=lambda: None, free=lambda: None)
 
     monkeypatch.setattr(nvshmem, "NvshmemMemory", memory)
 

@@ -208,11 +208,15 @@ class NvlinkTransport:
     def reset(self, generation: int) -> None:
         self._owner = dataclasses.replace(self._owner, generation=generation)
         torch.cuda.synchronize(self._member.device)
+        # No flag of an earlier call may come after flags are cleared, or memory is another's.
+        self._memory.settle()
         synchronize_hosts(self._member)
         self._clear()
 
     def destroy(self) -> None:
         torch.cuda.synchronize(self._member.device)
+        # No flag of an earlier call may come after flags are cleared, or memory is another's.
+        self._memory.settle()
         synchronize_hosts(self._member)
         self._memory.free()
 

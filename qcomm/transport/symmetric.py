@@ -28,6 +28,9 @@ class SymmetricMemory(Protocol):
     local: torch.Tensor
     peers: list[int]
 
+    def settle(self) -> None:
+        """Wait until what this rank's kernels wrote to peers is there, as much as their end does not tell."""
+
     def free(self) -> None:
         """Free the allocation. Collective."""
 
@@ -126,6 +129,14 @@ class NvshmemMemory:
 
         self.peers = [address(rank, pe) for rank, pe in enumerate(pes)]
 
+    def settle(self) -> None:
+        """Wait for puts to other nodes, which outlive the kernels that issued them."""
+        if 0 not in self.peers:
+            return
+        stream = torch.cuda.current_stream(self.local.device)
+        self._nvshmem.quiet(stream=stream)
+        stream.synchronize()
+
     def free(self) -> None:
         """Free the allocation. Collective."""
         self._nvshmem.free_tensor(self.local)
@@ -141,6 +152,9 @@ class TorchMemory:
         handle = symmetric.rendezvous(self.local, member.group.group_name)
         self.peers = [int(address) for address in handle.buffer_ptrs]
         self._handle: Any = handle
+
+    def settle(self) -> None:
+        """Return at once: stores to peers are there when their kernel has ended."""
 
     def free(self) -> None:
         """Free the allocation."""
