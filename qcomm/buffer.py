@@ -35,6 +35,7 @@ from qcomm.transport.base import Ending, Transport
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
 from qcomm.transport.streams import profiled
 
+_MOST_DEADLINE_S = 1e9
 _buffer_numbers = itertools.count()
 _buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
 """Every buffer by its number, which is what handles and operators of torch hold of it."""
@@ -58,7 +59,7 @@ class Buffer:
         backend: "auto", "collective" or "nvlink"; `backend` and `backend_reason` say what auto took and why.
         provider: symmetric memory of the nvlink backend: "auto", "nvshmem" or "torch".
         device: where tensors live; None is the current CUDA device, or the CPU where there is none.
-        deadline_s: seconds any wait for a peer may take, but for those inside NCCL.
+        deadline_s: seconds any wait for a peer may take, but for those inside NCCL; at most 10**9.
         num_sms: SMs each communication kernel may occupy; None lets qcomm choose.
         comm_stream: stream of `async_op=True` calls; None makes one.
         ranks_per_node: ranks of each node, as if every so many ranks in a row had a host of their own; a divisor of the
@@ -101,8 +102,9 @@ class Buffer:
         validate.one_of("provider", provider, PROVIDERS)
         if num_sms is not None:
             validate.positive("num_sms", num_sms)
-        if not deadline_s > 0:
-            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        validate.seconds("deadline_s", deadline_s, _MOST_DEADLINE_S)
+        if precision is not None:
+            validate.instance("precision", precision, WirePrecision)
         num_ranks = dist.get_world_size(group)
         validate.buffer_shape(num_experts, num_topk, hidden, num_max_tokens_per_rank, num_ranks)
         topology.check(ranks_per_node, num_ranks)
@@ -459,6 +461,8 @@ class Buffer:
             ValueError, TypeError: wrong arguments, before anything is launched.
             QcommTimeoutError, QcommPeerError, QcommError: as for `dispatch`.
         """
+        for name, value in (("weighted", weighted), ("backward", backward), ("async_op", async_op)):
+            validate.boolean(name, value)
         _check_split(return_recv_hook, async_op)
         wire = self._config.precision.leg("combine", backward)
         options = CombineOptions(wire, weighted=weighted, seed=seed, async_op=async_op, split=return_recv_hook)
@@ -486,7 +490,7 @@ class Buffer:
         """Give a dispatch's choices their defaults, a handle's where one is replayed, and check them."""
         if handle is None:
             recv_layout, alignment = recv_layout or "expert_major", 128 if alignment is None else alignment
-            static = bool(static)
+            static = False if static is None else static
         else:
             for name, given, held in (
                 ("recv_layout", recv_layout, handle.recv_layout),
@@ -497,6 +501,7 @@ class Buffer:
                 if given is not None and given != held:
                     raise ValueError(f"{name} must be the handle's, {held}, got {given}")
             recv_layout, alignment, static = handle.recv_layout, handle.alignment, handle.static
+        validate.boolean("backward", backward)
         wire = self._config.precision.leg("dispatch", backward)
         if recv_dtype is None:
             recv_dtype = "bf16" if wire.kind == "bf16" else "fp8"

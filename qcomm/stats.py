@@ -47,7 +47,8 @@ class BufferStats:
     Attributes:
         num_dispatches, num_replays, num_combines: calls since the buffer was made; replays of a CUDA graph are not
             seen by the host and do not count.
-        tokens_per_expert: `num_local_experts` numbers of tokens, those whose rows were dropped left out.
+        tokens_per_expert: `num_local_experts` numbers of tokens, those whose rows were dropped left out but for
+            "token_major".
         tokens_sent, tokens_received: `num_ranks` numbers of tokens, to and from each rank, this one included; a token
             counts once for a rank, whatever number of its experts is there.
         dispatch_bytes, combine_bytes: bytes of the records that this rank sent to other ranks.

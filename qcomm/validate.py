@@ -28,6 +28,14 @@ def multiple(name: str, value: int, of: int) -> None:
         raise ValueError(f"{name} must be a multiple of {of}, got {value}")
 
 
+def seconds(name: str, value: object, most: float) -> None:
+    """Require a positive number of seconds that is at most `most`."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value <= most:
+        raise ValueError(f"{name} must be positive and at most {most:g}, got {value}")
+
+
 def seed(value: object, name: str = "seed") -> None:
     """Require a seed of random bits: an int of at most 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -348,6 +348,10 @@ def _bad_shapes(rank: int, num_ranks: int, device: str, backend: str) -> None:
         (ValueError, {"provider": "mpi"}, ("provider", "nvshmem", "mpi")),
         (ValueError, {"num_sms": 0}, ("num_sms", "positive", 0)),
         (ValueError, {"deadline_s": 0.0}, ("deadline_s", "positive", 0)),
+        (ValueError, {"deadline_s": float("inf")}, ("deadline_s", "at most", "inf")),
+        (ValueError, {"deadline_s": float("nan")}, ("deadline_s", "positive", "nan")),
+        (TypeError, {"deadline_s": "3"}, ("deadline_s", "number", "str")),
+        (TypeError, {"precision": "mxfp4"}, ("precision", "WirePrecision", "str")),
     ):
         if num_ranks > 1 or "num_experts" not in changes:
             with refuses(kind, *words):
@@ -441,6 +445,8 @@ def _bad_dispatches(
             lambda: b.dispatch(x, idx, columnwise=True, recv_dtype="bf16"),
             ("columnwise", "fp8", "bf16"),
         ),
+        (TypeError, lambda: b.dispatch(x, idx, static="no"), ("static", "bool", "str")),
+        (TypeError, lambda: b.dispatch(x, idx, backward="no"), ("backward", "bool", "str")),
     ]
 
 
@@ -454,6 +460,9 @@ def _bad_combines(b: Any, y: torch.Tensor, handle: DispatchHandle) -> list[Refus
         (ValueError, lambda: b.combine(y.to("meta"), handle), ("y", b.device, "meta")),
         (ValueError, lambda: b.combine(by_column, handle), ("y", "contiguous", "strides")),
         (TypeError, lambda: b.combine(y, None), ("handle", "DispatchHandle", "NoneType")),
+        (TypeError, lambda: b.combine(y, handle, weighted=None), ("weighted", "bool", "NoneType")),
+        (TypeError, lambda: b.combine(y, handle, backward=2), ("backward", "bool", "int")),
+        (TypeError, lambda: b.combine(y, handle, async_op="x"), ("async_op", "bool", "str")),
     ]
 
 

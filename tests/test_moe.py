@@ -171,6 +171,13 @@ def test_update_bias_moves_against_the_load() -> None:
     assert router.bias[[2, 5]].tolist() == [-0.5, 0.5]
 
 
+def test_loads_are_counted_in_float32() -> None:
+    """In bfloat16 1025 and 1023 would be 1024 as well."""
+    router = Router(MoEConfig(hidden=128, intermediate=128, num_experts=4, num_topk=2)).to(torch.bfloat16)
+    router.update_bias(torch.tensor([1025, 1023, 1024, 1024]), rate=1.0)
+    assert router.bias.tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
 def test_update_bias_balances() -> None:
     router, x = Router(CONFIG), tokens(1024)
     with torch.no_grad():

@@ -383,6 +383,8 @@ def refused(rank: int, num_ranks: int) -> None:
         with pytest.raises(ValueError, match=message):
             MXFP4MoELayer(config, device="cpu", **kwargs)
     with Buffer(num_experts=8, num_topk=2, hidden=256, num_max_tokens_per_rank=64, device="cpu") as buffer:
+        with pytest.raises(ValueError, match="must be 'auto' and device its own, cpu, got 'nvlink'"):
+            MXFP4MoELayer(CONFIG, buffer=buffer, backend="nvlink")
         with pytest.raises(ValueError, match="precision and num_max_tokens_per_rank must be None with a buffer"):
             MXFP4MoELayer(CONFIG, buffer=buffer, num_max_tokens_per_rank=64)
         with pytest.raises(ValueError, match=r"buffer must be of num_experts=16, .* got num_experts=8"):

@@ -93,6 +93,7 @@ def _swiglu_experts(
     kind = {torch.Tensor: "bf16", FP8Tensor: "fp8", MXFP4Tensor: "mxfp4"}[type(rows)]
     if kind != keep:
         raise ValueError(f"recv must be dispatched with recv_dtype={keep!r}, what is kept, got {kind!r}")
+    validate.tensor("w1", w1, shape=(None, None, None), dtypes=(torch.bfloat16,), device=rows.device)
     count, width = w1.shape[0], w1.shape[1] // 2
     hidden, multiple = rows.shape[1], 1 if keep == "bf16" else FP8_GROUP_SIZE
     validate.multiple("intermediate", width, multiple)

@@ -100,6 +100,10 @@ class MXFP4MoELayer(nn.Module):
             )
         elif group is not None or precision is not None or num_max_tokens_per_rank is not None:
             raise ValueError("group, precision and num_max_tokens_per_rank must be None with a buffer, which has them")
+        elif backend != "auto" or (device is not None and torch.device(device).type != buffer.device.type):
+            raise ValueError(
+                f"with a buffer backend must be 'auto' and device its own, {buffer.device}, got {backend!r} and {device}"
+            )
         for name, size, held in (
             ("num_experts", config.num_experts, buffer.num_local_experts * buffer.num_ranks),
             ("num_topk", config.num_topk, buffer.num_topk),

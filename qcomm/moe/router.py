@@ -66,7 +66,7 @@ class Router(nn.Module):
             rate: length of the step.
             group: sum over its ranks first.
         """
-        load = tokens_per_expert.to(self.bias, copy=True)
+        load = tokens_per_expert.to(self.bias.device, torch.float32, copy=True)
         if group is not None:
             dist.all_reduce(load, group=group)
         self.bias += rate * torch.sign(load.mean() - load)
