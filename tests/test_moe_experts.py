@@ -286,6 +286,7 @@ def _refused(rank: int, num_ranks: int) -> None:
             ({"keep": "fp8"}, "recv must be dispatched with recv_dtype='fp8', what is kept, got 'mxfp4'"),
             ({"w1": w1[:1], "w2": w2[:1]}, "w1 must be of 4 experts, got 1"),
             ({"w2": w2[:, :, :64]}, r"w2.shape must be \(4, 256, 128\), got \(4, 256, 64\)"),
+            ({"w1": w1[0]}, r"w1.shape must be \(\*, \*, \*\), got"),
             ({"w1": w1[:, :64]}, "intermediate must be a multiple of 128, got 32"),
             ({"handle": dataclasses.replace(handle, alignment=32)}, "alignment must be a multiple of 128, got 32"),
             (

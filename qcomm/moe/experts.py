@@ -93,12 +93,13 @@ def _swiglu_experts(
     kind = {torch.Tensor: "bf16", FP8Tensor: "fp8", MXFP4Tensor: "mxfp4"}[type(rows)]
     if kind != keep:
         raise ValueError(f"recv must be dispatched with recv_dtype={keep!r}, what is kept, got {kind!r}")
-    validate.tensor("w1", w1, shape=(None, None, None), dtypes=(torch.bfloat16,), device=rows.device)
+    any_size, dtypes = (None, None, None), (torch.bfloat16,)
+    validate.tensor("w1", w1, shape=any_size, dtypes=dtypes, device=rows.device, contiguous=False)
     count, width = w1.shape[0], w1.shape[1] // 2
     hidden, multiple = rows.shape[1], 1 if keep == "bf16" else FP8_GROUP_SIZE
     validate.multiple("intermediate", width, multiple)
-    validate.tensor("w1", w1, shape=(count, 2 * width, hidden), dtypes=(torch.bfloat16,), device=rows.device)
-    validate.tensor("w2", w2, shape=(count, hidden, width), dtypes=(torch.bfloat16,), device=rows.device)
+    validate.tensor("w1", w1, shape=(count, 2 * width, hidden), dtypes=dtypes, device=rows.device)
+    validate.tensor("w2", w2, shape=(count, hidden, width), dtypes=dtypes, device=rows.device)
     if count != recv.num_tokens_per_expert.shape[0]:
         raise ValueError(f"w1 must be of {recv.num_tokens_per_expert.shape[0]} experts, got {count}")
     carrier = recv.x if recv.grad_carrier is None else recv.grad_carrier

@@ -102,7 +102,7 @@ class MXFP4MoELayer(nn.Module):
             raise ValueError("group, precision and num_max_tokens_per_rank must be None with a buffer, which has them")
         elif backend != "auto" or (device is not None and torch.device(device).type != buffer.device.type):
             raise ValueError(
-                f"with a buffer backend must be 'auto' and device its own, {buffer.device}, got {backend!r} and {device}"
+                f"with a buffer backend must be 'auto' and device its own, {buffer.device}, got {backend!r}, {device}"
             )
         for name, size, held in (
             ("num_experts", config.num_experts, buffer.num_local_experts * buffer.num_ranks),
