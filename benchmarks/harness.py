@@ -1,7 +1,7 @@
 """What the benchmarks share: start-up, timing, the ceiling and the report.
 
 METHOD. An iteration on CUDA: a 256 MiB buffer is read, which fills L2 with clean lines; `torch.cuda._sleep` holds the
-device for about 1 ms, so that the host has launched everything below before the device comes to it; a NCCL all_reduce
+device for about 2 ms, so that the host has launched everything below before the device comes to it; a NCCL all_reduce
 of one element on the current stream lets all ranks go on together; an event is recorded, the call made, and an event
 recorded. The device time is the time between the events. Ten iterations come before those that count (CPU: 2). In a
 pass of its own, because a call that synchronises with the host would wait for the sleep too, the host time is taken

@@ -56,8 +56,8 @@ class Buffer:
         hidden: elements in a token, a multiple of 128.
         num_max_tokens_per_rank: most tokens a rank passes to one dispatch.
         precision: wire format of each leg.
-        backend: "auto", "collective" or "nvlink"; `backend` and `backend_reason` say what auto took and why.
-        provider: symmetric memory of the nvlink backend: "auto", "nvshmem" or "torch".
+        backend: "auto", "collective", "nvlink" or "nvshmem"; `backend` and `backend_reason` say what auto took and why.
+        provider: symmetric memory of the nvlink backend: "auto", "nvshmem" or "torch"; nvshmem has its own.
         device: where tensors live; None is the current CUDA device, or the CPU where there is none.
         deadline_s: seconds any wait for a peer may take, but for those inside NCCL; at most 10**9.
         num_sms: SMs each communication kernel may occupy; None lets qcomm choose.

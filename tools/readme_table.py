@@ -132,8 +132,8 @@ def render(path: Path, repo: Path) -> str:
         + (f" (peer stores alone: {ceiling:.0f} GB/s)." if ceiling else "."),
         "The baseline is all_to_all_single of tokens already packed by rank: one row a token and rank, which is",
         "what token_major delivers; for expert_major, one row a token and expert, it is nccl + expand.",
-        "dispatch routes, and waits on the host for the counts; static routes and does not wait; replay has the",
-        "route already.",
+        "dispatch routes, and waits on the host for the counts, whose time is in its own; static routes and does",
+        "not wait; replay has the route already.",
         f"Command: `{first['command']}`,",
         f"commit {short_commit(first)}. {LINK}{name}]({name}).",
     ]
