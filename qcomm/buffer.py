@@ -647,6 +647,7 @@ class Buffer:
         """Give up the transport; and the group, whose threads must end before the interpreter does."""
         transport, self._transport = self._live(), None
         self._drop_hook(by)
+        self._log.forget()
         self._member = dataclasses.replace(self._member, group=None)  # type: ignore[arg-type]
         return transport
 
