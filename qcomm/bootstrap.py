@@ -15,6 +15,8 @@ import torch.distributed as dist
 # would outlive the group, and one that lets a tensor go while the interpreter ends would abort the process.
 import torch.distributed.nn.functional
 
+from qcomm.errors import QcommUnsupportedError
+
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -58,9 +60,21 @@ def process_group(*, use_cuda: bool | None = None) -> Iterator[Launch]:
 
     Yields:
         How this process was started.
+
+    Raises:
+        QcommUnsupportedError: `use_cuda=True`, and fewer GPUs than ranks on this host.
     """
     launch, address = _launch()
-    cuda = torch.cuda.device_count() >= launch.num_local_ranks if use_cuda is None else use_cuda
+    num_gpus = torch.cuda.device_count()
+    cuda = num_gpus >= launch.num_local_ranks if use_cuda is None else use_cuda
+    if cuda and launch.local_rank >= num_gpus:
+        raise QcommUnsupportedError(
+            f"use_cuda=True needs a GPU for each of the {launch.num_local_ranks} ranks of this host, found {num_gpus}",
+            rank=launch.rank,
+            phase="bootstrap",
+            expected=launch.num_local_ranks,
+            seen=num_gpus,
+        )
     if cuda:
         launch = dataclasses.replace(launch, device=torch.device("cuda", launch.local_rank))
         torch.cuda.set_device(launch.device)

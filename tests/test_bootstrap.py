@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qcomm import Buffer, QcommError, bootstrap
+from qcomm import Buffer, QcommError, QcommUnsupportedError, bootstrap
 
 LAUNCHER_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",
@@ -58,6 +58,15 @@ def test_single_process() -> None:
             dist.all_reduce(total)
             assert total.tolist() == [1, 1, 1]
         assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_gpus_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    wanted = "use_cuda=True needs a GPU for each of the 1 ranks of this host, found 0"
+    with pytest.raises(QcommUnsupportedError, match=wanted), bootstrap.process_group(use_cuda=True):
+        pass
+    assert not dist.is_initialized()
 
 
 @pytest.mark.usefixtures("no_launcher")
