@@ -194,7 +194,7 @@ def test_a_wrong_result_ends_the_run(tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     arguments = [*TINY, "--decode-tokens", "8", "--wire", "fp8", "--op", "combine", "--update", str(table)]
     done = start(sys.executable, "-c", STAND_IN + WRONG + RUN, *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert "p50" not in done.stdout
     assert "rank 0: combine of combine, wire fp8, 24 tokens, Tuning(in_flight=2" in done.stderr
     assert not table.exists()
