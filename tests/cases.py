@@ -12,6 +12,7 @@ from bit_patterns import equal_bits
 from ranks import device_of
 
 from qcomm import Buffer, DispatchHandle, Received, WireFormat, WirePrecision, reference, reference_exchange, tuning
+from qcomm.exchange import DispatchOptions
 from qcomm.formats import MAXIMUM_RULES, RecvDtype, RecvLayout, Rounding, ScaleLayout, ScaleRule
 from qcomm.reference_exchange import ExpectedReceived, ExpectedRows, Tokens
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
@@ -34,6 +35,19 @@ _COUNTS = {
     "one": (1, 1, 1, 1),
     "many": (32, 9, 31, 8),
 }
+OPTIONS = DispatchOptions(
+    recv_layout="expert_major",
+    recv_dtype="fp8",
+    alignment=128,
+    columnwise=False,
+    static=False,
+    capacity=None,
+    sf_layout=ScaleLayout.ROW_MAJOR,
+    wire=WireFormat("mxfp4"),
+    seed=0,
+    async_op=False,
+)
+"""Of a dispatch, for tests to change."""
 MAX_TOKENS = 32
 
 

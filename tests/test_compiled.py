@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 from bit_patterns import equal_bits
-from cases import BF16, FP8, MXFP4, Case
+from cases import BF16, FP8, MXFP4, OPTIONS, Case
 from fake_cuda import FakeCuda, nvlink_buffer
 from ranks import NODES, Target, targets
 from torch.utils.checkpoint import checkpoint
 
 import qcomm
 from qcomm import Buffer, DispatchHandle, QcommRoutingError, Received, WirePrecision
-from qcomm.exchange import DispatchOptions
 from qcomm.flattened import cut, facts_of, handle_of, joined, route_of, shapes_of
 from qcomm.formats import ScaleLayout
 from qcomm.handle import Owner
@@ -283,7 +282,7 @@ def test_a_handle_is_taken_apart_and_put_together(layout: Any) -> None:
 
 @pytest.mark.parametrize("layout", ["expert_major", "batched", "token_major"])
 def test_nvlinks_handle_is_joined_without_a_copy(layout: Any) -> None:
-    options = DispatchOptions(layout, "bf16", 32, False, True, None, ScaleLayout.ROW_MAJOR, BF16, 0, False)
+    options = dataclasses.replace(OPTIONS, recv_layout=layout, recv_dtype="bf16", alignment=32, static=True, wire=BF16)
     transport: Any = SimpleNamespace(
         _config=SimpleNamespace(num_max_tokens_per_rank=16, num_topk=4),
         _member=SimpleNamespace(num_ranks=2, device=torch.device("cpu")),

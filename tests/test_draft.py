@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cases import OPTIONS
 from fake_cuda import FakeCuda, nvlink_buffer
 
 from qcomm.exchange import DispatchOptions
-from qcomm.formats import ScaleLayout, WireFormat
 from qcomm.handle import NOT_BY_TOKEN, PARTS, Owner, addresses_of, part_shapes
 from qcomm.transport.draft import Draft, make_plan
 
@@ -31,7 +32,7 @@ def make_draft(layout: Any, nodes: int) -> Draft:
 
 
 def options_of(layout: Any) -> DispatchOptions:
-    return DispatchOptions(layout, "bf16", 1, False, True, None, ScaleLayout.ROW_MAJOR, WireFormat("bf16"), 0, False)
+    return dataclasses.replace(OPTIONS, recv_layout=layout, static=True)
 
 
 @pytest.mark.parametrize("nodes", [0, 2])

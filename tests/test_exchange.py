@@ -11,7 +11,7 @@ import cases
 import pytest
 import torch
 from bit_patterns import equal_bits
-from cases import WIRES, Case
+from cases import OPTIONS, WIRES, Case
 
 from qcomm import FP8Tensor, MXFP4Tensor, WireFormat, exchange, reference, reference_exchange
 from qcomm.exchange import DispatchOptions
@@ -202,7 +202,9 @@ def test_combine_subsequences_are_distinct(num_ranks: int) -> None:
 
 
 def _options(layout: Any, alignment: int) -> DispatchOptions:
-    return DispatchOptions(layout, "bf16", alignment, False, True, None, ScaleLayout.ROW_MAJOR, BF16, 0, False)
+    return dataclasses.replace(
+        OPTIONS, recv_layout=layout, recv_dtype="bf16", alignment=alignment, static=True, wire=BF16
+    )
 
 
 @pytest.mark.parametrize("layout", RECV_LAYOUTS)
@@ -237,17 +239,12 @@ def test_rows_are_converted_some_at_once(
     monkeypatch: pytest.MonkeyPatch, wire: WireKind, recv_dtype: RecvDtype, columnwise: bool
 ) -> None:
     """As together; in columns by whole groups, of which one is empty and one longer than the rest."""
-    options = DispatchOptions(
-        recv_layout="expert_major",
+    options = dataclasses.replace(
+        OPTIONS,
         recv_dtype=recv_dtype,
-        alignment=128,
         columnwise=columnwise,
-        static=False,
-        capacity=None,
         sf_layout=ScaleLayout.COLUMN_MAJOR,
         wire=WireFormat(wire),
-        seed=0,
-        async_op=False,
     )
     generator = torch.Generator().manual_seed(0)
     spread = torch.exp2(torch.randint(-20, 20, (700, 8), generator=generator)).repeat_interleave(32, dim=1)

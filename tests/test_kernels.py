@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import OPTIONS
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, tuning, validate
-from qcomm.exchange import CombineOptions, DispatchOptions, WireInput
-from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleLayout, ScaleRule
+from qcomm.exchange import CombineOptions, WireInput
+from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleRule
 from qcomm.handle import DispatchHandle, Owner, addresses_of
 from qcomm.jit import KernelSpec, ResourceUsage
 from qcomm.ops import codec, columnwise, combine, comm, count, dispatch, dispatch_decode, forward, peer_store, route
@@ -228,18 +229,7 @@ def launches(hidden: int, num_topk: int, num_sms: int | None = None) -> list[Lau
                 dispatch.launch_send(launcher, 0, x, parts, None, wire, 0)
         for dtype_name in RECV_DTYPES:
             for by_column in (False, True) if dtype_name == "fp8" else (False,):
-                options = DispatchOptions(
-                    recv_layout="expert_major",
-                    recv_dtype=dtype_name,
-                    alignment=128,
-                    columnwise=by_column,
-                    static=False,
-                    capacity=None,
-                    sf_layout=ScaleLayout.ROW_MAJOR,
-                    wire=wire,
-                    seed=0,
-                    async_op=False,
-                )
+                options = dataclasses.replace(OPTIONS, recv_dtype=dtype_name, columnwise=by_column, wire=wire)
                 for places in (False, True):
                     receive = dispatch.Receive(launcher, placement, options, hidden, overflows, places=places)
                     receive.launch(0, 128, 0)
@@ -332,18 +322,7 @@ def test_as_many_blocks_as_are_asked_for() -> None:
 
 
 def test_few_tokens_take_one_kernel() -> None:
-    options = DispatchOptions(
-        recv_layout="batched",
-        recv_dtype="fp8",
-        alignment=128,
-        columnwise=False,
-        static=True,
-        capacity=None,
-        sf_layout=ScaleLayout.ROW_MAJOR,
-        wire=WireFormat("mxfp4"),
-        seed=0,
-        async_op=False,
-    )
+    options = dataclasses.replace(OPTIONS, recv_layout="batched", static=True)
     kernels, record = None, one_record(8)
     launcher = make_launcher(kernels)
     assert dispatch_decode.suits(launcher, options, 256, 7168)
@@ -536,9 +515,7 @@ def test_route_chunk() -> None:
     ],
 )
 def test_pads(layout: Any, static: bool, want: bool) -> None:
-    options = DispatchOptions(
-        layout, "fp8", 128, False, static, None, ScaleLayout.ROW_MAJOR, WireFormat("fp8"), 0, False
-    )
+    options = dataclasses.replace(OPTIONS, recv_layout=layout, static=static)
     assert dispatch.pads(options) == want
 
 
