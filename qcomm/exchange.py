@@ -489,12 +489,9 @@ def _convert(
     begins = range(0, max(num_rows, 1), _ROWS_AT_ONCE)
     pieces = [_convert_some(_rows(held, begin, begin + _ROWS_AT_ONCE), options, none) for begin in begins]
     data, scales, overflows = zip(*pieces, strict=True)
-    if scales[0] is None:
-        return _joined(data), None, sum(overflows, none)
-    if options.recv_dtype == "mxfp4":
-        return _joined(data), _joined(scales), sum(overflows, none)
-    sf = empty_scales(num_rows, scales[0].shape[1], options.sf_layout, scales[0].device)
-    sf.copy_(_joined(scales))
+    sf = None if scales[0] is None else _joined(scales)
+    if sf is not None and options.recv_dtype == "fp8":
+        sf = empty_scales(num_rows, sf.shape[1], options.sf_layout, sf.device).copy_(sf)
     return _joined(data), sf, sum(overflows, none)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from qcomm.exchange import DispatchOptions
 from qcomm.formats import RecvLayout
-from qcomm.handle import FLOAT_PARTS, NOT_BY_TOKEN, DispatchHandle, Forward, Owner, part_shapes
+from qcomm.handle import FLOAT_PARTS, NOT_BY_TOKEN, PARTS, DispatchHandle, Forward, Owner, part_shapes
 
 _PLANS = 1024
 """Plans that are remembered, one for each number of tokens and rows."""
@@ -97,33 +97,25 @@ class Draft:
 
     def handle(self, owner: Owner, options: DispatchOptions, *, has_weights: bool) -> DispatchHandle:
         """Return the handle, of which the host knows no counts."""
-        by_token = options.recv_layout == "token_major"
-        send_slot, tensor = self._tensor("send_slot"), self._tensor
-        forwards = "node_slot" in self._parts
+        # A "token_major" handle lacks some.
+        tensors: dict[str, Any] = {name: self._tensor(name) if name in self._parts else None for name in PARTS}
+        forward = None
+        if "node_slot" in self._parts:
+            forward = Forward(self._tensor("node_slot"), self._tensor("counts"), self._tensor("slots"))
         return DispatchHandle(
             owner=owner,
-            num_tokens=send_slot.shape[0],
+            num_tokens=tensors["send_slot"].shape[0],
             recv_layout=options.recv_layout,
             alignment=options.alignment,
             static=options.static,
             num_rows=self.num_rows,
             rows_per_expert=self.rows_per_expert,
             has_weights=has_weights,
-            send_slot=send_slot,
-            recv_offsets=tensor("recv_offsets"),
-            record_src_token=tensor("record_src_token"),
-            record_topk_idx=tensor("record_topk_idx"),
-            record_topk_weights=tensor("record_topk_weights"),
-            record_rows=tensor("record_rows"),
-            row_record=tensor("row_record"),
-            row_src=tensor("row_src"),
-            row_weights=None if by_token else tensor("row_weights"),
-            num_tokens_per_expert=tensor("num_tokens_per_expert"),
             num_tokens_per_expert_list=None,
-            group_offsets=None if by_token else tensor("group_offsets"),
             send_counts=None,
             recv_counts=None,
-            forward=Forward(tensor("node_slot"), tensor("counts"), tensor("slots")) if forwards else None,
+            forward=forward,
+            **tensors,
         )
 
     def _tensor(self, name: str) -> torch.Tensor:

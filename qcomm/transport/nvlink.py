@@ -207,22 +207,25 @@ class NvlinkTransport:
 
     def reset(self, generation: int) -> None:
         self._owner = dataclasses.replace(self._owner, generation=generation)
-        torch.cuda.synchronize(self._member.device)
-        # No flag of an earlier call may come after flags are cleared, or memory is another's.
-        self._memory.settle()
-        synchronize_hosts(self._member)
+        self._settle()
         self._clear()
 
     def destroy(self) -> None:
-        torch.cuda.synchronize(self._member.device)
-        # No flag of an earlier call may come after flags are cleared, or memory is another's.
-        self._memory.settle()
-        synchronize_hosts(self._member)
+        self._settle()
         self._memory.free()
 
     def abandon(self) -> None:
         torch.cuda.synchronize(self._member.device)
         abandon(self._memory)
+
+    def _settle(self) -> None:
+        """Wait until every rank's calls have ended, and what they sent is there. Collective.
+
+        No flag of theirs may come after flags are cleared, or when the memory is another's.
+        """
+        torch.cuda.synchronize(self._member.device)
+        self._memory.settle()
+        synchronize_hosts(self._member)
 
     def _clear(self) -> None:
         """Forget every earlier call. Collective; no rank's kernels may be running."""
