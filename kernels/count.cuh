@@ -62,9 +62,9 @@ __device__ __forceinline__ void count_records(const Comm& comm, const Group& gro
             offsets[source + 1] = offsets[source] + count_of(source, 1);
     }
     group.sync();
+    int most = 0;  // the first warp's: tokens of the expert that has most
     if (threadIdx.x < 32) {
         const int lane = threadIdx.x;
-        int most = 0;
         for (int expert = lane; expert < num_local; expert += 32)
             most = max(most, total[expert]);
         most = __reduce_max_sync(0xffffffffu, most);
@@ -116,10 +116,8 @@ __device__ __forceinline__ void count_records(const Comm& comm, const Group& gro
         if (p.is_static) {
             int needed = rows, available = p.capacity;
             if (p.layout == kBatched) {
-                needed = 0;
+                needed = most;
                 available = p.rows_per_expert;
-                for (int expert = 0; expert < num_local; ++expert)
-                    needed = max(needed, total[expert]);
             }
             if (needed > available) {
                 write_report(&comm.reports->notice, kOverflow, comm, -1, kPhaseRoute, needed, available);

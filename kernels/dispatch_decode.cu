@@ -26,21 +26,33 @@ struct Decode {
     uint32_t came;
 };
 
+// Words of a bitmap of the rank's tokens.
+__device__ __forceinline__ int bitmap_words(const DispatchDecodeParams& p) {
+    return (p.send.num_tokens + 31) / 32;
+}
+
+// Clears what route_tokens fills. Call from all threads, before they meet.
+__device__ __forceinline__ void clear_bitmaps(const DispatchDecodeParams& p, Decode& decode, uint32_t* bits) {
+    const int words = number_of_keys(p.send.comm) * bitmap_words(p);
+    for (int i = threadIdx.x; i < words; i += blockDim.x)
+        bits[i] = 0;
+    if (threadIdx.x == 0) decode.first_bad = kNoBadToken;
+}
+
 // Numbers this block's tokens; every block looks at all tokens of the rank. Block 0 also publishes the
 // counts.
 __device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
                                              uint32_t* bits) {
     const Comm& comm = p.send.comm;
-    const int words = (p.send.num_tokens + 31) / 32, num_keys = number_of_keys(comm);
-    const RouteMap map = {comm, bits, words, 0};
-    for (int i = threadIdx.x; i < num_keys * words; i += blockDim.x)
-        bits[i] = 0;
-    if (threadIdx.x == 0) decode.first_bad = kNoBadToken;
-    __syncthreads();
+    const RouteMap map = {comm, bits, bitmap_words(p), 0};
     const Index* topk_idx = reinterpret_cast<const Index*>(p.send.topk_idx);
     const int first_bad = map.fill(topk_idx, p.send.num_tokens);
     if (first_bad != kNoBadToken) atomicMin(&decode.first_bad, first_bad);
     __syncthreads();
+    // Before anything else, for the counts of all ranks are what every rank waits for first.
+    if (blockIdx.x == 0) {
+        publish_counts(comm, epoch, decode.first_bad, [&](int key) { return map.count(key); });
+    }
     const int each = comm.num_ranks + kNumTopk;
     for (int i = threadIdx.x;; i += blockDim.x) {
         const int64_t token = blockIdx.x + static_cast<int64_t>(i / each) * gridDim.x;
@@ -55,18 +67,13 @@ __device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint
             p.send.ordinals[token * kNumTopk + j] = valid ? map.number(static_cast<int>(expert), token) : 0;
         }
     }
-    if (blockIdx.x == 0) {
-        publish_counts(comm, epoch, decode.first_bad, [&](int key) { return map.count(key); });
-    }
     __syncthreads();
 }
 
-// Counts what comes into tables of this block, and notes it; returns false past the deadline. Call from the
-// workers.
+// Counts what comes into tables of this block; returns false past the deadline. Call from the workers.
 __device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
                                              int32_t* counts) {
     const Comm& comm = p.send.comm;
-    const Placement& placement = p.recv.placement;
     const FirstThreads<32 * kWorkers> workers;
     const int num_local = comm.num_local_experts, num_ranks = comm.num_ranks;
     int32_t* table = counts + num_ranks * (2 + num_local);
@@ -76,20 +83,24 @@ __device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint
         mine.recv_offsets = table + 2 * num_local + num_ranks + 2;
         mine.num_tokens_per_expert = mine.recv_offsets + num_ranks + 1;
         mine.source_starts = mine.num_tokens_per_expert + num_local;
-        if (placement.group_offsets != nullptr)
-            mine.group_offsets = mine.source_starts + num_ranks * num_local;
+        if (mine.group_offsets != nullptr) mine.group_offsets = mine.source_starts + num_ranks * num_local;
     }
     if (!gather_counts(comm, workers, epoch, blockIdx.x == 0, counts, &decode.came)) return false;
     count_records(comm, workers, mine, counts, table, blockIdx.x == 0);
     workers.sync();
-    if (blockIdx.x != 0) return true;
-    for (int i = threadIdx.x; i <= num_ranks; i += workers.size())
-        placement.recv_offsets[i] = mine.recv_offsets[i];
-    for (int i = threadIdx.x; i < num_local; i += workers.size())
-        placement.num_tokens_per_expert[i] = mine.num_tokens_per_expert[i];
-    for (int i = threadIdx.x; placement.group_offsets != nullptr && i <= num_local; i += workers.size())
-        placement.group_offsets[i] = mine.group_offsets[i];
     return true;
+}
+
+// Fills the handle from the tables of this block. Call from the workers.
+__device__ __forceinline__ void note_counts(const Comm& comm, const Placement& handle,
+                                            const Placement& tables) {
+    constexpr int kThreads = 32 * kWorkers;
+    for (int i = threadIdx.x; i <= comm.num_ranks; i += kThreads)
+        handle.recv_offsets[i] = tables.recv_offsets[i];
+    for (int i = threadIdx.x; i < comm.num_local_experts; i += kThreads)
+        handle.num_tokens_per_expert[i] = tables.num_tokens_per_expert[i];
+    for (int i = threadIdx.x; handle.group_offsets != nullptr && i <= comm.num_local_experts; i += kThreads)
+        handle.group_offsets[i] = tables.group_offsets[i];
 }
 
 // What the block will need of the inputs; before it knows anything else.
@@ -114,6 +125,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const uint32_t epoch = comm.state->epoch + 1;
     uint8_t* rows = shared + kStages * kSlotBytes;
     int32_t* table = reinterpret_cast<int32_t*>(rows + kTeams * kStages * kStageBytes);
+    uint32_t* bits = reinterpret_cast<uint32_t*>(table);
+    const bool dead = timed_out(comm);
     prefetch_inputs(p.send);
     if (threadIdx.x == 0) {
         decode.outbox.init();
@@ -123,19 +136,21 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const bool works = threadIdx.x < 32 * kWorkers;
     Encoder encoder(p.send);
     if (works) encoder.begin();
-    if (__syncthreads_or(timed_out(comm))) return;
+    clear_bitmaps(p, decode, bits);
+    if (__syncthreads_or(dead)) return;
     // By a warp that has nothing else to do yet. Every warp that tells of records waits for this rank's flag.
     if (blockIdx.x == 0 && threadIdx.x / 32 == kWorkers) {
         if (threadIdx.x % 32 < 2) p.recv.placement.overflows[threadIdx.x % 32] = 0;
         __syncwarp();
         announce(comm, epoch);
     }
-    route_tokens(p, epoch, decode, reinterpret_cast<uint32_t*>(table));
+    route_tokens(p, epoch, decode, bits);
     if (works) {
         encoder.encode(decode.outbox, shared);
         const bool came = count_tokens(p, epoch, decode, table);
         decode.counted.arrive(0);
         if (came) {
+            if (blockIdx.x == 0) note_counts(comm, p.recv.placement, decode.recv.placement);
             note_rest(comm, decode.recv.placement, 32 * kWorkers);
             convert_records(decode.recv, decode.inbox, rows);
         }
