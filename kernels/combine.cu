@@ -350,9 +350,8 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
 
 // All warps of a sending block, by their roles.
 template <bool kBegins>
-__device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, uint32_t epoch, SumBoard& board,
-                                                uint8_t* shared) {
-    const BlockRecords records(p);
+__device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, const BlockRecords& records,
+                                                uint32_t epoch, SumBoard& board, uint8_t* shared) {
     const int num_records = records.count();
     uint8_t* stages = shared + kChunks * kChunkBytes;
     const int role = static_cast<int>(threadIdx.x / 32) - kWorkers;
@@ -455,9 +454,11 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     combine_send(const __grid_constant__ CombineSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ SumBoard board;
+    const bool dead = timed_out(p.comm);
+    const BlockRecords records(p);
     if (threadIdx.x == 0) init(board);
-    if (__syncthreads_or(timed_out(p.comm))) return;
-    reduce_and_send<false>(p, p.comm.state->epoch, board, shared);
+    if (__syncthreads_or(dead)) return;
+    reduce_and_send<false>(p, records, p.comm.state->epoch, board, shared);
 }
 
 // Any grid, QCOMM_RECV_THREADS threads.
@@ -484,9 +485,11 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     __shared__ SumBoard board;
     const Comm& comm = p.send.comm;
     const uint32_t epoch = comm.state->epoch + 1;
+    const bool dead = timed_out(comm);
+    const BlockRecords records(p.send);
     if (threadIdx.x == 0) init(board);
-    if (!__syncthreads_or(timed_out(comm))) {
-        reduce_and_send<true>(p.send, epoch, board, shared);
+    if (!__syncthreads_or(dead)) {
+        reduce_and_send<true>(p.send, records, epoch, board, shared);
         add_sums(p.recv, epoch);
     }
     end_call(comm, epoch);
