@@ -2,6 +2,7 @@
 // Several blocks share an SM: while one loads, others convert and store.
 #pragma once
 
+#include "group.cuh"
 #include "tile.cuh"
 
 constexpr bool kWholeTiles = QCOMM_WHOLE_TILES;  // whether all groups are of whole tiles
@@ -57,12 +58,7 @@ __device__ __forceinline__ bool find_group(const ColumnwiseParams& p, Tile& tile
         const int begin = group < p.num_groups ? p.group_offsets[group] : 0;
         const int rows = group < p.num_groups ? p.group_offsets[group + 1] - begin : 0;
         const int tiles = (rows + kTileRows - 1) / kTileRows;
-        int end = tiles;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, end, step);
-            if (lane >= step) end += other;
-        }
+        const int end = sum_of_lanes(tiles);
         const uint32_t past = __ballot_sync(kAllLanes, end > number);
         if (past != 0) {
             const int source = __ffs(past) - 1;

@@ -492,5 +492,5 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         reduce_and_send<true>(p.send, records, epoch, board, shared);
         add_sums(p.recv, epoch);
     }
-    end_call(comm, epoch);
+    end_call(comm, epoch, nullptr);
 }

@@ -17,9 +17,8 @@ extern "C" __global__ void count(const __grid_constant__ CountParams params) {
     const Comm& comm = params.comm;
     const Placement& p = params.placement;
     const uint32_t epoch = comm.state->epoch;
-    __shared__ uint32_t came;
     const bool dead = __syncthreads_or(timed_out(comm));
-    const bool ready = !dead && gather_counts(comm, WholeBlock(), epoch, true, counts, &came);
+    const bool ready = !dead && __syncthreads_and(gather_counts(comm, WholeBlock(), epoch, true, counts));
     int32_t* table = counts + comm.num_ranks * (2 + comm.num_local_experts);
     if (ready) count_records(comm, WholeBlock(), p, counts, table, true);
     if (threadIdx.x < 2) p.overflows[threadIdx.x] = 0;

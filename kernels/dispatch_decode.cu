@@ -5,12 +5,13 @@
 #include "receiver.cuh"
 #include "route.cuh"
 
-static_assert(kTeams <= kSenders, "a warp that sends tells a team of the records that come");
 static_assert(kPlaces);
 
 struct DispatchDecodeParams {
     DispatchSendParams send;  // its send_slot and ordinals are written here
     DispatchRecvParams recv;
+    int32_t count_words;  // of the tables of counts
+    int32_t padding;
 };
 
 static_assert(sizeof(DispatchDecodeParams) == QCOMM_SIZEOF_DISPATCH_DECODE,
@@ -20,87 +21,110 @@ static_assert(sizeof(DispatchDecodeParams) == QCOMM_SIZEOF_DISPATCH_DECODE,
 struct Decode {
     Outbox outbox;
     Inbox inbox;
-    Signals<1> counted;
-    DispatchRecvParams recv;  // with the placement's counts in shared memory
+    Placement tables;  // the handle's, with the counts in shared memory
+    uint64_t overflows;
     int first_bad;
-    uint32_t came;
+    bool counted;
 };
+
+// Besides the workers: those that count what comes, of which kTeams then tell of records and the others fill
+// the handle; and the senders.
+constexpr int kCounters = QCOMM_COUNTERS;
+static_assert(kTeams < kCounters, "a warp fills the handle");
+using Counters = Warps<kWorkers, kCounters, 13>;
+using Clerks = Warps<kWorkers + kTeams, kCounters - kTeams, 0>;
+using Senders = Warps<kWorkers + kCounters, kSenders, 14>;
+using Routers = Warps<kWorkers, kCounters + kSenders, 15>;
+static_assert(kTeams < 13, "teams have the barriers from 1 on");
 
 // Words of a bitmap of the rank's tokens.
 __device__ __forceinline__ int bitmap_words(const DispatchDecodeParams& p) {
     return (p.send.num_tokens + 31) / 32;
 }
 
-// Clears what route_tokens fills. Call from all threads, before they meet.
-__device__ __forceinline__ void clear_bitmaps(const DispatchDecodeParams& p, Decode& decode, uint32_t* bits) {
+// Makes ready what the roles share. Call from all threads, before they meet.
+__device__ __forceinline__ void init(const DispatchDecodeParams& p, Decode& decode, uint32_t* bits) {
     const int words = number_of_keys(p.send.comm) * bitmap_words(p);
     for (int i = threadIdx.x; i < words; i += blockDim.x)
         bits[i] = 0;
-    if (threadIdx.x == 0) decode.first_bad = kNoBadToken;
+    if (threadIdx.x != 0) return;
+    decode.outbox.init();
+    decode.inbox.init();
+    decode.overflows = 0;
+    decode.first_bad = kNoBadToken;
 }
 
-// Numbers this block's tokens; every block looks at all tokens of the rank. Block 0 also publishes the
-// counts.
-__device__ __forceinline__ void route_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
-                                             uint32_t* bits) {
-    const Comm& comm = p.send.comm;
-    const RouteMap map = {comm, bits, bitmap_words(p), 0};
-    const Index* topk_idx = reinterpret_cast<const Index*>(p.send.topk_idx);
-    const int first_bad = map.fill(topk_idx, p.send.num_tokens);
-    if (first_bad != kNoBadToken) atomicMin(&decode.first_bad, first_bad);
-    __syncthreads();
-    // Before anything else, for the counts of all ranks are what every rank waits for first.
-    if (blockIdx.x == 0) {
-        publish_counts(comm, epoch, decode.first_bad, [&](int key) { return map.count(key); });
-    }
+// Numbers this block's tokens. Call from one warp.
+__device__ __forceinline__ void number_tokens(const DispatchSendParams& p, const RouteMap& map) {
+    const Comm& comm = p.comm;
     const int each = comm.num_ranks + kNumTopk;
-    for (int i = threadIdx.x;; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32;; i += 32) {
         const int64_t token = blockIdx.x + static_cast<int64_t>(i / each) * gridDim.x;
         const int j = i % each - comm.num_ranks;
-        if (token >= p.send.num_tokens) break;
+        if (token >= p.num_tokens) break;
         if (j < 0) {
-            p.send.send_slot[token * comm.num_ranks + i % each] =
-                map.number(comm.num_experts + i % each, token);
+            p.send_slot[token * comm.num_ranks + i % each] = map.number(comm.num_experts + i % each, token);
         } else {
-            const Index expert = topk_idx[token * kNumTopk + j];
+            const Index expert = reinterpret_cast<const Index*>(p.topk_idx)[token * kNumTopk + j];
             const bool valid = expert >= 0 && expert < comm.num_experts;
-            p.send.ordinals[token * kNumTopk + j] = valid ? map.number(static_cast<int>(expert), token) : 0;
+            p.ordinals[token * kNumTopk + j] = valid ? map.number(static_cast<int>(expert), token) : 0;
         }
     }
-    __syncthreads();
 }
 
-// Counts what comes into tables of this block; returns false past the deadline. Call from the workers.
-__device__ __forceinline__ bool count_tokens(const DispatchDecodeParams& p, uint32_t epoch, Decode& decode,
-                                             int32_t* counts) {
-    const Comm& comm = p.send.comm;
-    const FirstThreads<32 * kWorkers> workers;
-    const int num_local = comm.num_local_experts, num_ranks = comm.num_ranks;
-    int32_t* table = counts + num_ranks * (2 + num_local);
-    Placement& mine = decode.recv.placement;
-    if (threadIdx.x == 32 * (kWorkers - 1)) {
-        decode.recv = p.recv;
-        mine.recv_offsets = table + 2 * num_local + num_ranks + 2;
-        mine.num_tokens_per_expert = mine.recv_offsets + num_ranks + 1;
-        mine.source_starts = mine.num_tokens_per_expert + num_local;
-        if (mine.group_offsets != nullptr) mine.group_offsets = mine.source_starts + num_ranks * num_local;
+// Fills the handle from the tables of this block.
+__device__ __forceinline__ void fill_handle(const DispatchRecvParams& p, const Placement& tables) {
+    const Clerks clerks;
+    const Comm& comm = p.comm;
+    const Placement& handle = p.placement;
+    if (blockIdx.x == 0) {
+#pragma unroll 1
+        for (int i = clerks.thread(); i <= comm.num_ranks; i += clerks.size())
+            handle.recv_offsets[i] = tables.recv_offsets[i];
+#pragma unroll 1
+        for (int i = clerks.thread(); i < comm.num_local_experts; i += clerks.size())
+            handle.num_tokens_per_expert[i] = tables.num_tokens_per_expert[i];
+#pragma unroll 1
+        for (int i = clerks.thread(); handle.group_offsets != nullptr && i <= comm.num_local_experts;
+             i += clerks.size())
+            handle.group_offsets[i] = tables.group_offsets[i];
     }
-    if (!gather_counts(comm, workers, epoch, blockIdx.x == 0, counts, &decode.came)) return false;
-    count_records(comm, workers, mine, counts, table, blockIdx.x == 0);
-    workers.sync();
-    return true;
+    note_rest(comm, EveryBlock<Clerks>(), tables);
+    if (p.pads || tables.layout == kTokenMajor) return;
+    constexpr int kWarps = kCounters - kTeams;
+    pad_rows(p, tables, nullptr, blockIdx.x + gridDim.x * (clerks.thread() / 32), gridDim.x * kWarps);
 }
 
-// Fills the handle from the tables of this block. Call from the workers.
-__device__ __forceinline__ void note_counts(const Comm& comm, const Placement& handle,
-                                            const Placement& tables) {
-    constexpr int kThreads = 32 * kWorkers;
-    for (int i = threadIdx.x; i <= comm.num_ranks; i += kThreads)
-        handle.recv_offsets[i] = tables.recv_offsets[i];
-    for (int i = threadIdx.x; i < comm.num_local_experts; i += kThreads)
-        handle.num_tokens_per_expert[i] = tables.num_tokens_per_expert[i];
-    for (int i = threadIdx.x; handle.group_offsets != nullptr && i <= comm.num_local_experts; i += kThreads)
-        handle.group_offsets[i] = tables.group_offsets[i];
+// Counts what comes into tables of this block, tells the teams of its records and fills the handle. Call from
+// the counters.
+__device__ __forceinline__ void receive_records(const DispatchRecvParams& p, uint32_t epoch, Decode& decode,
+                                                int32_t* counts) {
+    const Comm& comm = p.comm;
+    const Counters counters;
+    const int num_local = comm.num_local_experts, num_ranks = comm.num_ranks, team = counters.thread() / 32;
+    if (team < kTeams) tell_rehearsal(decode.inbox, team);
+    int32_t* table = counts + num_ranks * (2 + num_local);
+    if (counters.thread() == 0) {
+        Placement& tables = decode.tables;
+        tables = p.placement;
+        tables.recv_offsets = table + 2 * num_local + num_ranks + 2;
+        tables.num_tokens_per_expert = tables.recv_offsets + num_ranks + 1;
+        tables.source_starts = tables.num_tokens_per_expert + num_local;
+        if (tables.group_offsets != nullptr)
+            tables.group_offsets = tables.source_starts + num_ranks * num_local;
+    }
+    const bool came = counters.all(gather_counts(comm, counters, epoch, blockIdx.x == 0, counts));
+    if (came) count_records(comm, counters, decode.tables, counts, table, blockIdx.x == 0);
+    if (counters.thread() == 0) decode.counted = came;
+    counters.sync();
+    if (team >= kTeams) {
+        if (came) fill_handle(p, decode.tables);
+    } else if (came) {
+        tell_records(p, decode.tables, epoch, decode.inbox, team, 1);
+    } else {
+        tell_end(decode.inbox, team, 1);
+    }
 }
 
 // What the block will need of the inputs; before it knows anything else.
@@ -112,11 +136,11 @@ __device__ __forceinline__ void prefetch_inputs(const DispatchSendParams& p) {
         prefetch(p.topk_weights + token * kNumTopk);
 }
 
-// Any grid whose blocks are on the GPU at the same time; kWorkers warps and kSenders more, which send, and
-// the last kTeams of which then tell a team of the records that come. Dynamic shared memory, 128-byte
-// aligned: kStages stages of records, kTeams * kStages of rows; then the bitmaps of routing, and later, in
-// their place, tables of counts. A block routes and sends its tokens, and receives its records while its own
-// are on their way. Counts the call in state->epoch.
+// Any grid whose blocks are on the GPU at the same time; kWorkers warps, then kCounters, then kSenders.
+// Dynamic shared memory, 128-byte aligned: kStages stages of records, kTeams * kStages of rows; then tables
+// of counts; then the bitmaps of routing. The workers encode the block's tokens while the others route them,
+// and convert records while those send, count and tell. Every block looks at all tokens of the rank; what the
+// peers are told of them is told by one. Counts the call in state->epoch.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_decode(const __grid_constant__ DispatchDecodeParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -124,43 +148,44 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.send.comm;
     const uint32_t epoch = comm.state->epoch + 1;
     uint8_t* rows = shared + kStages * kSlotBytes;
-    int32_t* table = reinterpret_cast<int32_t*>(rows + kTeams * kStages * kStageBytes);
-    uint32_t* bits = reinterpret_cast<uint32_t*>(table);
+    int32_t* counts = reinterpret_cast<int32_t*>(rows + kTeams * kStages * kStageBytes);
+    uint32_t* bits = reinterpret_cast<uint32_t*>(counts) + p.count_words;
+    const int warp = threadIdx.x / 32;
     const bool dead = timed_out(comm);
+    if (blockIdx.x == 0 && warp == 0 && !dead) announce(comm, epoch);
     prefetch_inputs(p.send);
-    if (threadIdx.x == 0) {
-        decode.outbox.init();
-        decode.inbox.init();
-        decode.counted.init(kWorkers);
-    }
-    const bool works = threadIdx.x < 32 * kWorkers;
     Encoder encoder(p.send);
-    if (works) encoder.begin();
-    clear_bitmaps(p, decode, bits);
+    if (warp < kWorkers) encoder.begin();
+    init(p, decode, bits);
     if (__syncthreads_or(dead)) return;
-    // By a warp that has nothing else to do yet. Every warp that tells of records waits for this rank's flag.
-    if (blockIdx.x == 0 && threadIdx.x / 32 == kWorkers) {
-        if (threadIdx.x % 32 < 2) p.recv.placement.overflows[threadIdx.x % 32] = 0;
-        __syncwarp();
-        announce(comm, epoch);
-    }
-    route_tokens(p, epoch, decode, bits);
-    if (works) {
+    if (warp < kWorkers) {
         encoder.encode(decode.outbox, shared);
-        const bool came = count_tokens(p, epoch, decode, table);
-        decode.counted.arrive(0);
-        if (came) {
-            if (blockIdx.x == 0) note_counts(comm, p.recv.placement, decode.recv.placement);
-            note_rest(comm, decode.recv.placement, 32 * kWorkers);
-            convert_records(decode.recv, decode.inbox, rows);
+        convert_records(p.recv, decode.inbox, rows, &decode.overflows);
+        if (decode.counted && p.recv.pads) {
+            Team().sync();
+            write_padding(p.recv, decode.tables, rows);
         }
     } else {
-        send_records(p.send, epoch, decode.outbox, shared);
-        const int team = static_cast<int>(threadIdx.x / 32) - (kWorkers + kSenders - kTeams);
-        if (team >= 0) {
-            decode.counted.wait(0);
-            if (decode.came != 0) tell_records(decode.recv, epoch, decode.inbox, team);
+        const Routers routers;
+        const RouteMap map = {comm, bits, bitmap_words(p), 0};
+        const Index* topk_idx = reinterpret_cast<const Index*>(p.send.topk_idx);
+        const int first_bad = map.fill(routers, topk_idx, p.send.num_tokens);
+        if (first_bad != kNoBadToken) atomicMin(&decode.first_bad, first_bad);
+        routers.sync();
+        if (warp < kWorkers + kCounters) {
+            publish_counts(comm, EveryBlock<Counters>(), epoch, decode.first_bad,
+                           [&](int key) { return map.count(key); });
+            receive_records(p.recv, epoch, decode, counts);
+        } else {
+            bool began = true;
+            if (warp == kWorkers + kCounters) number_tokens(p.send, map);
+            if (warp == kWorkers + kCounters + kSenders - 1) began = all_began(comm, epoch);
+            send_records(p.send, epoch, Senders().all(began), decode.outbox, shared);
         }
     }
-    end_call(comm, epoch);
+    const int64_t overflows = end_call(comm, epoch, &decode.overflows);
+    if (overflows >= 0) {
+        p.recv.placement.overflows[0] = overflows;
+        p.recv.placement.overflows[1] = 0;
+    }
 }

@@ -11,11 +11,12 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.comm;
     if (threadIdx.x == 0) inbox.init();
     if (__syncthreads_or(timed_out(comm))) return;
-    if (kPlaces) note_rest(comm, p.placement, blockDim.x);
+    if (kPlaces) note_rest(comm, EveryBlock<WholeBlock>(), p.placement);
     const int team = static_cast<int>(threadIdx.x / 32) - kTeams * kTeamWarps;
     if (team >= 0) {
-        tell_records(p, comm.state->epoch, inbox, team);
+        tell_records(p, p.placement, comm.state->epoch, inbox, team, 0);
     } else {
-        convert_records(p, inbox, shared);
+        write_padding(p, p.placement, shared);
+        convert_records(p, inbox, shared, p.placement.overflows);
     }
 }

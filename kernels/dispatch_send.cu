@@ -13,7 +13,9 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     if (threadIdx.x == 0) outbox.init();
     if (__syncthreads_or(timed_out(p.comm))) return;
     if (threadIdx.x >= 32 * kWorkers) {
-        send_records(p, p.comm.state->epoch, outbox, shared);
+        const uint32_t epoch = p.comm.state->epoch;
+        const bool began = p.index_words == 0 || all_began(p.comm, epoch);
+        send_records(p, epoch, began, outbox, shared);
     } else {
         Encoder encoder(p);
         encoder.begin();

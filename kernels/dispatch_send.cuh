@@ -173,10 +173,21 @@ class FarSender {
 };
 #endif
 
+// Waits until every rank has begun the call; returns false past the deadline. Call from one warp.
+__device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch) {
+    const int lane = threadIdx.x % 32;
+    bool began = true;
+    if (lane < comm.num_ranks) {
+        const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
+        began = wait_flag(comm, flag, epoch, lane, kPhaseRoute);
+    }
+    return __all_sync(kAllLanes, began);
+}
+
 // A warp that sends every kSenders-th of the block's records, once per destination rank, or rank or node that
-// it is put to.
-__device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32_t epoch, Outbox& outbox,
-                                             uint8_t* shared) {
+// it is put to; or none, unless the call has begun everywhere.
+__device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32_t epoch, bool began,
+                                             Outbox& outbox, uint8_t* shared) {
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
 #if QCOMM_NVSHMEM
@@ -198,12 +209,6 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
     Metadata metadata(p);
     int next_slot = slot_of(first);
     if (first < p.num_tokens) metadata.read(first);
-    bool came = true;
-    if (p.index_words != 0 && lane < comm.num_ranks) {
-        const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
-        came = wait_flag(comm, flag, epoch, lane, kPhaseRoute);
-    }
-    came = __all_sync(kAllLanes, came);
     for (int token = first; token < p.num_tokens; token += step) {
         const int slot = next_slot, rank = rank_of(token);
         uint8_t* record = sender.next();
@@ -216,13 +221,13 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
         next_slot = slot_of(token + step);
         uint8_t* destination = nullptr;
         uint32_t* flag = nullptr;
-        if (slot >= 0 && came && same_node(comm, rank)) {
+        if (slot >= 0 && began && same_node(comm, rank)) {
             const int64_t index = slot_index(comm, comm.rank, slot);
             destination = region<uint8_t>(comm, rank, comm.dispatch_records) + index * kSlotBytes;
             flag = flag_at(comm, rank, comm.dispatch_flags, index);
         }
 #if QCOMM_NVSHMEM
-        uint8_t* const copy = far.will_put(sender, parts, token, rank, slot, came);
+        uint8_t* const copy = far.will_put(sender, parts, token, rank, slot, began);
         if (copy != nullptr) destination = copy;
 #endif
         sender.send(destination, flag, p.index_words != 0 ? kRecordBytes + kMetadataBytes : kRecordBytes);

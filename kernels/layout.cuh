@@ -45,7 +45,8 @@ struct State {
     uint32_t epoch;
     uint32_t timed_out;
     int32_t bad_token;
-    uint32_t blocks_done;
+    int32_t padding;
+    uint64_t done;  // blocks of the call of one kernel that are, and from kDoneShift on their overflows
     uint64_t waited_ns[kMaxRanks];  // since the buffer was made or reset, for each peer to begin its calls
     Nodes nodes;
 };
@@ -121,6 +122,7 @@ __device__ __forceinline__ Count* counts_of(const Comm& comm, int rank, uint32_t
 // Records of the source that has most, of those that begin at recv_offsets[source].
 __device__ __forceinline__ int most_records(const Comm& comm, const int32_t* recv_offsets) {
     int most = 0;
+#pragma unroll 1
     for (int source = 0; source < comm.num_ranks; ++source)
         most = max(most, recv_offsets[source + 1] - recv_offsets[source]);
     return most;

@@ -12,7 +12,6 @@ template <int N>
 constexpr int kLanesPerBlock = kBlockSize / N;
 template <int N>
 constexpr int kLanesPerGroup = kGroupSize / N;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 constexpr int kE8m0Bias = 127;
 constexpr int kE8m0Max = 254;

@@ -46,10 +46,10 @@ __device__ void put_word(uint64_t* to, uint64_t value, int rank);
 __device__ void put(void* to, const void* from, uint32_t num_bytes, uint32_t* flag, uint32_t value, int rank);
 #endif
 
-// Tells a rank that this one has come so far; with release order where it is near.
+// Tells a rank that this one has come so far. Orders only what earlier kernels did, whose end is the fence.
 __device__ __forceinline__ void raise(const Comm& comm, int rank, uint64_t flags, uint32_t value) {
     if (same_node(comm, rank)) {
-        store_release_sys(flag_at(comm, rank, flags, comm.rank), value);
+        store_relaxed_sys(flag_at(comm, rank, flags, comm.rank), value);
     } else {
         raise_far(flag_at(comm, comm.rank, flags, comm.rank), value, rank);
     }

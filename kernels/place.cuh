@@ -1,6 +1,7 @@
 // Giving a record its rows: by expert, then source rank, then source token.
 #pragma once
 
+#include "group.cuh"
 #include "topk.cuh"
 #include "wait.cuh"
 
@@ -90,13 +91,13 @@ __device__ __forceinline__ void note_padding(const Placement& p, int row) {
     if (p.row_weights != nullptr) p.row_weights[row] = 0.0f;
 }
 
-// Notes which rows of a static result hold nothing because they are past the last group. Call from the first
-// num_threads threads of every block.
-__device__ __forceinline__ void note_rest(const Comm& comm, const Placement& p, int num_threads) {
+// Notes which rows of a static result hold nothing because they are past the last group. Call from a
+// group of every block.
+template <typename Group>
+__device__ __forceinline__ void note_rest(const Comm& comm, const Group& group, const Placement& p) {
     if (!p.is_static) return;
     const int end =
         p.layout == kTokenMajor ? p.recv_offsets[comm.num_ranks] : p.group_offsets[comm.num_local_experts];
-    for (int row = end + blockIdx.x * num_threads + threadIdx.x; row < p.capacity;
-         row += gridDim.x * num_threads)
+    for (int row = end + group.thread(); row < p.capacity; row += group.size())
         note_padding(p, row);
 }

@@ -12,6 +12,8 @@ using int64_t = long long;
 using uint64_t = unsigned long long;
 #endif
 
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
 __device__ __forceinline__ void unpack(const uint4& v, uint32_t* words) {
     words[0] = v.x;
     words[1] = v.y;
@@ -31,6 +33,12 @@ __device__ __forceinline__ uint4 pack4(const uint32_t* words) {
 __device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* p) {
     uint32_t v;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* p) {
+    uint64_t v;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
 
@@ -119,6 +127,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 template <int kThreads>
 __device__ __forceinline__ void barrier_sync(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+// The same, and tells whether all of them say yes.
+template <int kThreads>
+__device__ __forceinline__ bool barrier_and(int id, bool mine) {
+    uint32_t all;
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbar.red.and.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+        : "=r"(all)
+        : "r"(static_cast<uint32_t>(mine)), "r"(id), "n"(kThreads)
+        : "memory");
+    return all != 0;
 }
 
 // Makes this thread's shared-memory writes visible to bulk copies.

@@ -33,9 +33,30 @@ __device__ __forceinline__ void write_rows(const DispatchRecvParams& p, const ui
 
 constexpr int kPaddingRows = 16;  // of an expert's padding, that a warp takes at a time
 
-// Zeroes this team's share of the padding rows, all from one stage, and notes that they are padding.
-__device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const Team& team,
-                                              const Ring<kStageBytes>& ring) {
+// One warp of num_warps notes which rows are padding, and copies a stage to them, if any.
+__device__ __forceinline__ void pad_rows(const DispatchRecvParams& p, const Placement& placement,
+                                         const uint8_t* stage, int warp, int num_warps) {
+    const int most = p.rows_per_expert > 0 ? p.rows_per_expert : placement.alignment - 1;
+    const int pieces = (most + kPaddingRows - 1) / kPaddingRows, lane = threadIdx.x % 32;
+    for (int i = warp; i < pieces * p.comm.num_local_experts; i += num_warps) {
+        const int expert = i / pieces, end = placement.group_offsets[expert + 1];
+        int row = placement.group_offsets[expert] + placement.num_tokens_per_expert[expert] +
+                  i % pieces * kPaddingRows + lane;
+        if (lane >= kPaddingRows || row >= end) row = -1;
+        if (kPlaces && row >= 0) note_padding(placement, row);
+        if (stage != nullptr) write_rows(p, stage, row < p.num_rows ? row : -1);
+    }
+}
+
+// Zeroes this team's share of the padding rows, all from one stage, and notes that they are padding. Call
+// from whole teams, whose stages are free before and after.
+__device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const Placement& placement,
+                                              uint8_t* shared) {
+    if (placement.layout == kTokenMajor) return;
+    const Team team;
+    const int warp = team.index * kTeamWarps + team.thread / 32, num_warps = team.count * kTeamWarps;
+    if (!p.pads) return pad_rows(p, placement, nullptr, warp, num_warps);
+    const Ring<kStageBytes> ring(team, shared);
     uint8_t* stage = ring.stage();
     for (int i = team.thread; i < kRowBytes / 16; i += kTeamThreads)
         reinterpret_cast<uint4*>(stage)[i] = make_uint4(0, 0, 0, 0);
@@ -44,17 +65,7 @@ __device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const
         reinterpret_cast<float*>(stage + kRowBytes)[word] = scale;
     }
     ring.written(team);
-    const int warp = team.index * kTeamWarps + team.thread / 32, num_warps = team.count * kTeamWarps;
-    const int most = p.rows_per_expert > 0 ? p.rows_per_expert : p.placement.alignment - 1;
-    const int pieces = (most + kPaddingRows - 1) / kPaddingRows, lane = threadIdx.x % 32;
-    for (int i = warp; i < pieces * p.comm.num_local_experts; i += num_warps) {
-        const int expert = i / pieces, end = p.placement.group_offsets[expert + 1];
-        int row = p.placement.group_offsets[expert] + p.placement.num_tokens_per_expert[expert] +
-                  i % pieces * kPaddingRows + lane;
-        if (lane >= kPaddingRows || row >= end) row = -1;
-        if (kPlaces && row >= 0) note_padding(p.placement, row);
-        if (p.pads) write_rows(p, stage, row < p.num_rows ? row : -1);
-    }
+    pad_rows(p, placement, stage, warp, num_warps);
     bulk_wait_read<0>();
     team.sync();
 }
@@ -94,20 +105,36 @@ struct Inbox {
     }
 };
 
+// Has a team convert any bytes into no row, so that instructions and parameters are there when a record
+// comes.
+__device__ __forceinline__ void tell_rehearsal(Inbox& inbox, int team) {
+    const int lane = threadIdx.x % 32;
+    Inbox::Item& item = inbox.items[team][0];
+    if (lane == 0) item.index = 0;
+    if (lane < kNumTopk) item.rows[lane] = -1;
+    inbox.told[team].arrive(0);
+    inbox.placed[team].arrive(0);
+}
+
+// Tells a team that it has been told of all, n in number.
+__device__ __forceinline__ void tell_end(Inbox& inbox, int team, uint32_t n) {
+    inbox.taken[team].wait_before(n);
+    if (threadIdx.x % 32 == 0) inbox.items[team][n % Inbox::kDepth].index = -1;
+    inbox.told[team].arrive(n);
+}
+
 // The warp that waits for a team's records, round robin over the sources, which is the order in which they
 // come; and says where each goes: to those in record_rows, or those that its metadata say, which are noted.
-// One that waits in vain goes on, with any bytes; the host raises.
-__device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32_t epoch, Inbox& inbox,
-                                             int team) {
+// One that waits in vain goes on, with any bytes; the host raises. The team was told of n before.
+__device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const Placement& placement,
+                                             uint32_t epoch, Inbox& inbox, int team, uint32_t n) {
     const Comm& comm = p.comm;
-    const Placement& placement = p.placement;
     const int lane = threadIdx.x % 32, num_ranks = comm.num_ranks;
     const int width = placement.layout == kTokenMajor ? 1 : kNumTopk;
     const int step = gridDim.x * kTeams;
     const int most = most_records(comm, placement.recv_offsets);
     const uint32_t* flags = region<uint32_t>(comm, comm.rank, comm.dispatch_flags);
     const uint8_t* records = region<uint8_t>(comm, comm.rank, comm.dispatch_records);
-    uint32_t n = 0;
     for (int first = blockIdx.x + gridDim.x * team; first < most * num_ranks; first += 32 * step) {
         // A lane knows one of the team's next records, so that all their flags are looked at together.
         const int mine = first + lane * step, slot = mine / num_ranks;
@@ -119,9 +146,7 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
         }
         const auto look = [&] {
             return __ballot_sync(
-                kAllLanes,
-                my_record >= 0 &&
-                    static_cast<int32_t>(load_acquire_sys(flags + my_index * kFlagWords) - epoch) >= 0);
+                kAllLanes, my_record >= 0 && reached(load_acquire_sys(flags + my_index * kFlagWords), epoch));
         };
         const auto metadata = [&](int k) {
             const int index = __shfl_sync(kAllLanes, my_index, k);
@@ -140,7 +165,7 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
             const int k = __ffs(left) - 1, following = __ffs(left & (left - 1)) - 1;
             if ((there >> k & 1) == 0) {
                 if (lane == k)
-                    wait_flag(comm, flags + my_index * kFlagWords, epoch, mine % num_ranks, kPhaseDispatch);
+                    poll_flag(comm, flags + my_index * kFlagWords, epoch, mine % num_ranks, kPhaseDispatch);
                 __syncwarp();
                 there = look() | 1u << k;
             }
@@ -165,18 +190,16 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, uint32
             if (kPlaces) note_record(placement, entry, source, record, row);
         }
     }
-    inbox.taken[team].wait_before(n);
-    if (lane == 0) inbox.items[team][n % Inbox::kDepth].index = -1;
-    inbox.told[team].arrive(n);
+    tell_end(inbox, team, n);
 }
 
-// A team's warps: zero the team's share of the padding rows, then convert each record that they are told of
-// into a stage, and copy the stage to each of its rows.
-__device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inbox& inbox, uint8_t* shared) {
+// A team's warps: convert each record that they are told of into a stage, and copy the stage to each of its
+// rows; add their overflows to `total`.
+__device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inbox& inbox, uint8_t* shared,
+                                                uint64_t* total) {
     const Team team;
     const int lane = threadIdx.x % 32;
     Ring<kStageBytes> ring(team, shared);
-    if (p.placement.layout != kTokenMajor) write_padding(p, team, ring);
     const uint8_t* records = region<uint8_t>(p.comm, p.comm.rank, p.comm.dispatch_records);
     uint32_t overflows = 0;
     for (uint32_t n = 0;; ++n) {
@@ -213,5 +236,5 @@ __device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inb
     }
     // What is under way is written when the kernel ends.
     bulk_wait_read<0>();
-    add_overflows(p.placement.overflows, overflows);
+    add_overflows(total, overflows);
 }

@@ -43,7 +43,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
     // Peers that are late must find what the call that timed out told them, and nothing newer.
     if (__syncthreads_or(dead)) return;
     if (blockIdx.x == 0 && threadIdx.x < 32) announce(comm, epoch);
-    const int first_bad = map.fill(p.topk_idx, end);
+    const int first_bad = map.fill(WholeBlock(), p.topk_idx, end);
     if (first_bad != kNoBadToken) atomicMin(&comm.state->bad_token, first_bad);
     __syncthreads();
     if (!is_last) {
@@ -79,7 +79,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
 
     if (is_last) {
         const int bad = *reinterpret_cast<volatile int32_t*>(&comm.state->bad_token);
-        publish_counts(comm, epoch, bad,
+        publish_counts(comm, WholeBlock(), epoch, bad,
                        [&](int key) { return static_cast<int>(before[key]) + map.count(key); });
         __syncthreads();
         if (threadIdx.x == 0) {

@@ -1,6 +1,7 @@
 // What routing does with the tokens of a block: bitmaps of who goes where, and numbers from them.
 #pragma once
 
+#include "group.cuh"
 #include "topk.cuh"
 #include "wait.cuh"
 
@@ -39,10 +40,12 @@ struct RouteMap {
     int words;
     int begin;
 
-    // Sets the bits of the block's tokens, all zero before, and returns the first bad token of this thread.
-    __device__ __forceinline__ int fill(const Index* topk_idx, int end) const {
+    // Sets the bits of the tokens, all zero before, and returns the first bad token of this thread. Call from
+    // all threads of a group.
+    template <typename Group>
+    __device__ __forceinline__ int fill(const Group& group, const Index* topk_idx, int end) const {
         int first_bad = kNoBadToken;
-        for (int token = begin + threadIdx.x; token < end; token += blockDim.x) {
+        for (int token = begin + group.thread(); token < end; token += group.size()) {
             const Index* experts = topk_idx + static_cast<int64_t>(token) * kNumTopk;
             if (is_bad(comm, experts)) {
                 first_bad = min(first_bad, token);
@@ -90,11 +93,11 @@ struct RouteMap {
     }
 };
 
-// Writes this rank's totals to the peers, total(key) for each key. Call from all threads of one block, after
+// Writes this rank's totals to the peers, total(key) for each key. Call from all threads of a group, after
 // what total needs is there.
-template <typename Total>
-__device__ __forceinline__ void publish_counts(const Comm& comm, uint32_t epoch, int bad_token,
-                                               const Total& total) {
+template <typename Group, typename Total>
+__device__ __forceinline__ void publish_counts(const Comm& comm, const Group& group, uint32_t epoch,
+                                               int bad_token, const Total& total) {
     const auto write = [&](int rank, int word, int value) {
         const bool near = same_node(comm, rank);
         Count* count = counts_of(comm, near ? rank : comm.rank, epoch, comm.rank) + word;
@@ -105,7 +108,7 @@ __device__ __forceinline__ void publish_counts(const Comm& comm, uint32_t epoch,
             put_word(reinterpret_cast<uint64_t*>(count), both, rank);
         }
     };
-    for (int key = threadIdx.x; key < number_of_keys(comm); key += blockDim.x) {
+    for (int key = group.thread(); key < number_of_keys(comm); key += group.size()) {
         const int rank = key < comm.num_experts ? key / comm.num_local_experts : key - comm.num_experts;
         const int word = key < comm.num_experts ? 2 + key % comm.num_local_experts : 1;
         if constexpr (kForwards) {
@@ -117,5 +120,7 @@ __device__ __forceinline__ void publish_counts(const Comm& comm, uint32_t epoch,
         }
         write(rank, word, total(key));
     }
-    if (threadIdx.x < comm.num_ranks) write(threadIdx.x, 0, bad_token == kNoBadToken ? 0 : bad_token + 1);
+    if (group.thread() < comm.num_ranks) {
+        write(group.thread(), 0, bad_token == kNoBadToken ? 0 : bad_token + 1);
+    }
 }

@@ -28,47 +28,73 @@ __device__ __forceinline__ bool timed_out(const Comm& comm) {
     return load_relaxed_sys(&comm.state->timed_out) != 0;
 }
 
-constexpr int kPollNs = 200;
+constexpr int kPollNs = 20;
+constexpr uint32_t kPollsPerCheck =
+    32;  // what ends a wait in vain is seldom looked at: it delays the next poll
 
-// Waits until the flag, a counter that only grows, has reached `expected`; then everything the peer wrote
-// before it raised the flag is visible. Returns false past the deadline.
-__device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
+__device__ __forceinline__ bool reached(uint32_t flag, uint32_t expected) {
+    return static_cast<int32_t>(flag - expected) >= 0;
+}
+
+// Waits until the flag, a counter that only grows, has reached `expected`, and orders nothing. Returns false
+// past the deadline.
+__device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
                                           Phase phase) {
-    if (static_cast<int32_t>(load_acquire_sys(flag) - expected) >= 0) return true;
     const uint64_t start = global_timer_ns();
-    while (static_cast<int32_t>(load_relaxed_sys(flag) - expected) < 0) {
-        if (timed_out(comm)) return false;
-        if (global_timer_ns() - start > comm.deadline_ns) {
-            if (atomicExch(&comm.state->timed_out, 1u) == 0) {
-                write_report(&comm.reports->timeout, kTimeout, comm, peer, phase, expected,
-                             load_relaxed_sys(flag));
+    for (uint32_t polls = 1; !reached(load_relaxed_sys(flag), expected); ++polls) {
+        if (polls % kPollsPerCheck == 0) {
+            if (timed_out(comm)) return false;
+            if (global_timer_ns() - start > comm.deadline_ns) {
+                if (atomicExch(&comm.state->timed_out, 1u) == 0) {
+                    write_report(&comm.reports->timeout, kTimeout, comm, peer, phase, expected,
+                                 load_relaxed_sys(flag));
+                }
+                return false;
             }
-            return false;
         }
         __nanosleep(kPollNs);
     }
+    return true;
+}
+
+// Waits likewise; then everything the peer wrote before it raised the flag is visible.
+__device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
+                                          Phase phase) {
+    if (reached(load_acquire_sys(flag), expected)) return true;
+    if (!poll_flag(comm, flag, expected, peer, phase)) return false;
     load_acquire_sys(flag);
     return true;
 }
 
-// The same, for what only one thread of a call waits for: notes how long the peer kept this rank waiting.
+// Notes how long a peer has kept this rank waiting since `start`. Call from one thread of a call.
+__device__ __forceinline__ void note_wait(const Comm& comm, int peer, uint64_t start) {
+    comm.state->waited_ns[peer] += global_timer_ns() - start;
+}
+
+// Waits for what only one thread of a call waits for, and notes how long.
 __device__ __forceinline__ bool wait_for_peer(const Comm& comm, const uint32_t* flag, uint32_t expected,
                                               int peer, Phase phase) {
     const uint64_t start = global_timer_ns();
     const bool came = wait_flag(comm, flag, expected, peer, phase);
-    comm.state->waited_ns[peer] += global_timer_ns() - start;
+    note_wait(comm, peer, start);
     return came;
 }
 
+constexpr int kDoneShift = 16;
+
 // Ends a call of one kernel: its last block counts the call in state->epoch, which every block has read by
-// then.
-__device__ __forceinline__ void end_call(const Comm& comm, uint32_t epoch) {
+// then. Call from all threads. Tells one thread of that block the sum of all blocks' overflows, which are
+// `overflows` of each, in shared memory or null; all others, -1.
+__device__ __forceinline__ int64_t end_call(const Comm& comm, uint32_t epoch, const uint64_t* overflows) {
+    using Word = unsigned long long;  // nvcc's uint64_t is another type of this size
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    if (atomicAdd(&comm.state->blocks_done, 1u) == gridDim.x - 1) {
-        comm.state->blocks_done = 0;
-        comm.state->epoch = epoch;
-    }
+    if (threadIdx.x != 0) return -1;
+    const Word mine = 1 + (overflows == nullptr ? 0 : static_cast<Word>(*overflows) << kDoneShift);
+    const Word all = atomicAdd(reinterpret_cast<Word*>(&comm.state->done), mine) + mine;
+    if ((all & ((1u << kDoneShift) - 1)) != gridDim.x) return -1;
+    comm.state->done = 0;
+    comm.state->epoch = epoch;
+    return static_cast<int64_t>(all >> kDoneShift);
 }
 
 // Tells the peers that this rank has begun a call. Call from one warp.

@@ -246,8 +246,13 @@ def _refused(rank: int, num_ranks: int, device: str, backend: str) -> None:
         with pytest.raises(ValueError, match="alignment must be the handle's, 32, got 64"):
             torch.compile(lambda: qcomm.dispatch(x, None, None, buffer, handle=handle, alignment=64))()
         bad = torch.full_like(idx, 10**6)
+        # Without combine, which raises on a rank that knows by then and keeps one that does not waiting.
+        dispatch = torch.compile(
+            lambda idx: qcomm.dispatch(x, idx, weights, buffer, static=True, num_max_recv_tokens=BASE.capacity),
+            backend="aot_eager",
+        )
         with pytest.raises(QcommRoutingError):
-            _ = compiled(x, bad, weights, 0), cases.sync(buffer)  # type: ignore[func-returns-value]
+            _ = dispatch(bad), cases.sync(buffer)  # type: ignore[func-returns-value]
         buffer.reset()
         with pytest.raises(ValueError, match="handle must be newer than the last reset"):
             torch.compile(qcomm.combine, backend="aot_eager")(

@@ -48,10 +48,21 @@ SM_THREADS = 2048
 SPILLS = {
     "dispatch_recv_columnwise bf16->fp8": (64, "four rows of 16 floats; spilling costs less than a second pass"),
     "combine_decode bf16": (32, "56 registers leave room for a second one; loop variables spill"),
+    "combine_decode fp8": (8, "56 registers leave room for a second one; loop variables spill"),
     "combine_decode mxfp4": (32, "56 registers leave room for a second one; loop variables spill"),
     "combine_decode stochastic mxfp4": (32, "56 registers leave room for a second one; loop variables spill"),
     "combine_decode rotated mxfp4": (112, "56 registers leave room for a second one; the rotation's partners"),
     "combine_decode rotated stochastic mxfp4": (112, "56 registers leave room for a second one; as above"),
+    **{
+        f"dispatch_decode {bits}-bit top-8 {source}->{wire}->{dtype}": (8, "48 registers leave room for a second one")
+        for bits in (32, 64)
+        for source in ("bf16", "fp8")
+        for wire, dtype in (
+            ("stochastic mxfp4", "fp8"),
+            ("stochastic mxfp4", "mxfp4"),
+            ("rotated stochastic mxfp4", "mxfp4"),
+        )
+    },
 }
 """Bytes a kernel may spill, and why; every other kernel may spill none."""
 

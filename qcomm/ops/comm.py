@@ -67,7 +67,8 @@ class State(ctypes.Structure):
         ("epoch", ctypes.c_uint32),
         ("timed_out", ctypes.c_uint32),
         ("bad_token", ctypes.c_int32),
-        ("blocks_done", ctypes.c_uint32),
+        ("padding", ctypes.c_int32),
+        ("done", ctypes.c_uint64),
         ("waited_ns", ctypes.c_uint64 * MAX_RANKS),
         ("nodes", Nodes),
     )

@@ -34,7 +34,8 @@ from qcomm.records import MetadataLayout, RecordLayout
 from qcomm.tuning import Tuning
 
 _SENDERS = 2
-_BUDGET = Budget(warps=14, team_warps=7, registers=56, shared_bytes=88 * 1024, stages=6)
+_COUNTERS = 4
+_BUDGET = Budget(warps=14, team_warps=7, registers=48, shared_bytes=88 * 1024, stages=6)
 _STATIC_SHARED_BYTES = 6 * 1024
 """More than the kernel itself declares."""
 
@@ -42,7 +43,12 @@ _STATIC_SHARED_BYTES = 6 * 1024
 class DispatchDecodeParams(ctypes.Structure):
     """See `DispatchDecodeParams` in kernels/dispatch_decode.cu."""
 
-    _fields_ = (("send", DispatchSendParams), ("recv", DispatchRecvParams))
+    _fields_ = (
+        ("send", DispatchSendParams),
+        ("recv", DispatchRecvParams),
+        ("count_words", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+    )
 
 
 def dispatch_decode_spec(
@@ -70,6 +76,7 @@ def dispatch_decode_spec(
         sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
         **count.host_constants(),
         senders=sharing.senders,
+        counters=_COUNTERS,
         **tuning.constants,
         **sharing.constants(_BUDGET),
         **wire_constants(wire, hidden, MetadataLayout(num_topk)),
@@ -102,7 +109,7 @@ def launch_decode(
     num_tokens, hidden = x.shape
     num_topk = launcher.num_topk
     send, kind = send_params(launcher, x, parts, routing, options.wire, options.seed)
-    params = DispatchDecodeParams(send, recv)
+    params = DispatchDecodeParams(send, recv, _count_words(launcher))
     wire = encoding(options.wire, kind)
     sharing = _teams(options.recv_dtype, wire, hidden, num_topk)
     kernel = launcher.kernels.get(
@@ -120,11 +127,14 @@ def launch_decode(
 
 
 def table_bytes(launcher: Launcher, num_tokens: int) -> int:
-    """Return the shared memory for bitmaps of routing, then for tables of counts."""
+    """Return the shared memory for tables of counts, and for bitmaps of routing."""
+    bitmaps = (launcher.comm.num_experts + launcher.comm.num_ranks) * -(-num_tokens // 32)
+    return 4 * (_count_words(launcher) + bitmaps)
+
+
+def _count_words(launcher: Launcher) -> int:
     ranks, local = launcher.comm.num_ranks, launcher.comm.num_local_experts
-    bitmaps = (launcher.comm.num_experts + ranks) * -(-num_tokens // 32)
-    counted = (ranks + 1) + local + ranks * local + local + 1
-    return max(4 * bitmaps, count.table_bytes(launcher) + 4 * counted)
+    return count.table_bytes(launcher) // 4 + (ranks + 1) + local + ranks * local + local + 1
 
 
 @functools.cache
@@ -133,4 +143,5 @@ def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
     row_bytes = recv_stage_bytes(recv_dtype, hidden)
     teams = _SENDERS if 2 * (slot_bytes + _SENDERS * row_bytes) <= _BUDGET.shared_bytes else 1
-    return dataclasses.replace(send_teams(hidden, slot_bytes + teams * row_bytes, _BUDGET, _SENDERS), count=teams)
+    shape = send_teams(hidden, slot_bytes + teams * row_bytes, _BUDGET, _SENDERS)
+    return dataclasses.replace(shape, count=teams, helpers=shape.helpers + _COUNTERS)
