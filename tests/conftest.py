@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from ranks import GPU_SIZES, Pools, RankPool, Target
+from ranks import GPU_SIZES, NODE_GPUS, Pools, RankPool, Target
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +38,5 @@ def gpu_pool(pools: Pools, request: pytest.FixtureRequest) -> RankPool:
 @pytest.fixture
 def target(pools: Pools, request: pytest.FixtureRequest) -> Target:
     device, num_ranks, backend, ranks_per_node = request.param
-    return Target(pools.get(num_ranks, device), backend, ranks_per_node)
+    num_gpus = NODE_GPUS if backend == "nvshmem" else num_ranks
+    return Target(pools.get(num_ranks, device, num_gpus), backend, ranks_per_node)

@@ -38,7 +38,8 @@ class RankError(RuntimeError):
 class RankPool:
     """`num_ranks` processes in one process group, started by the first run and kept for the next.
 
-    Ranks on "cuda" take one GPU each. A pool whose ranks no longer agree after a failure starts anew.
+    Ranks on "cuda" take one GPU each, and share them where there are fewer. A pool whose ranks no longer agree after
+    a failure starts anew.
     """
 
     def __init__(self, num_ranks: int, device: DeviceKind = "cpu") -> None:
@@ -158,10 +159,10 @@ class Pools:
     def __init__(self) -> None:
         self._pools: dict[tuple[DeviceKind, int], RankPool] = {}
 
-    def get(self, num_ranks: int, device: DeviceKind = "cpu") -> RankPool:
-        """Return the pool; skips the test where there are too few GPUs."""
+    def get(self, num_ranks: int, device: DeviceKind = "cpu", num_gpus: int | None = None) -> RankPool:
+        """Return the pool; skips the test where there are fewer GPUs than ranks, or than `num_gpus`."""
         if device == "cuda":
-            need_gpus(num_ranks)
+            need_gpus(num_ranks if num_gpus is None else num_gpus)
         return self._pools.setdefault((device, num_ranks), RankPool(num_ranks, device))
 
     def close(self) -> None:
@@ -173,6 +174,8 @@ class Pools:
 GPU_SIZES = (1, 2, 4)
 GPU_NODES = ((2, 1), (2, 2))
 """Nodes, and ranks of each, that one host is split into for the nvshmem backend."""
+NODE_GPUS = 2
+"""GPUs that these need: NVSHMEM lets ranks of different nodes share one."""
 NODES = ((2, 2),)
 
 
@@ -217,7 +220,7 @@ def targets(
 
 def device_of(device: str, rank: int) -> torch.device:
     """Return a rank's device."""
-    return torch.device("cuda", rank) if device == "cuda" else torch.device(device)
+    return torch.device("cuda", rank % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
 
 
 class _CpuPickler(pickle.Pickler):
@@ -232,14 +235,17 @@ class _CpuPickler(pickle.Pickler):
 def _serve(rank: int, num_ranks: int, device: DeviceKind, address: str, connection: Connection[Any, Any]) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    own = device_of(device, rank)
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(own)
+    # It refuses a GPU's second rank.
+    takes_nccl = device == "cuda" and num_ranks <= torch.cuda.device_count()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if takes_nccl else "cpu:gloo,cuda:gloo" if device == "cuda" else "gloo",
         init_method=address,
         rank=rank,
         world_size=num_ranks,
-        device_id=torch.device("cuda", rank) if device == "cuda" else None,
+        device_id=own if takes_nccl else None,
     )
     while True:
         try:
