@@ -8,7 +8,7 @@ Geometry: on GPUs 1, 8, 32 and 128 tokens a rank of 7168, top-8 of 256 experts, 
     python -m qcomm bench decode --from decode.jsonl --plot decode.svg     (no GPU)
 
 Calls: `dispatch` routes, sends and receives FP8 (BF16 on the bf16 wire); `combine` sums rows of BF16, weighted, and
-sends the sums in BF16. Each is one replay of a graph.
+sends the sums on the same wire. Each is one replay of a graph.
 
 Every result is compared with an oracle first (oracle.py), after a replay; a difference ends the run with code 1.
 harness.py says how calls are timed, baselines.py what NCCL does.
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _precision(wire: WireKind) -> WirePrecision:
-    return WirePrecision(dispatch_fwd=wire)
+    return WirePrecision(dispatch_fwd=wire, combine_fwd=wire)
 
 
 def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: RecvLayout) -> list[harness.Row]:
@@ -61,28 +61,28 @@ def _measure(context: runner.Context, buffer: Buffer, wire: WireKind, layout: Re
     y = torch.randn(shape, generator=generator, device=work.member.device, dtype=torch.bfloat16)
     combine, out = clock.captured(lambda: buffer.combine(y, handle))
     problems += oracle.differing(
-        f"combine, {what}", {"sum": oracle.bits(out)}, {"sum": oracle.bits(_expected_combine(context, y, handle))}
+        f"combine, {what}", {"sum": oracle.bits(out)}, {"sum": oracle.bits(_expected_combine(context, wire, y, handle))}
     )
     harness.require_equal(work.member, problems)
 
+    record_bytes = RecordLayout(wire, work.geometry.hidden).num_bytes
     metadata_bytes = 4 * MetadataLayout(work.geometry.topk).num_words
     rows = []
-    for name, call, record_bytes, remote, metadata in (
-        ("dispatch", dispatch, RecordLayout(wire, work.geometry.hidden).num_bytes, traffic.remote_out, metadata_bytes),
-        ("combine", combine, RecordLayout("bf16", work.geometry.hidden).num_bytes, traffic.remote_in, 0),
+    for name, call, remote, metadata in (
+        ("dispatch", dispatch, traffic.remote_out, metadata_bytes),
+        ("combine", combine, traffic.remote_in, 0),
     ):
         timing = clock.time(call)
         buffer.check()
-        call_wire: WireKind = wire if name == "dispatch" else "bf16"
         other = traffic.remote_in + traffic.remote_out - remote
-        rows.append(harness.Row(name, call_wire, layout, timing, record_bytes, remote, other, metadata, recv_dtype))
+        rows.append(harness.Row(name, wire, layout, timing, record_bytes, remote, other, metadata, recv_dtype))
     return rows
 
 
-def _expected_combine(context: runner.Context, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+def _expected_combine(context: runner.Context, wire: WireKind, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
     """Compute what combine along a handle's route must give. Collective."""
     work, layout = context.work if handle.relayed else oracle.straight(context.work), handle.recv_layout
-    with work.buffer(WirePrecision(), "collective") as buffer:
+    with work.buffer(_precision(wire), "collective") as buffer:
         _, handle = buffer.dispatch(work.x, work.topk_idx, work.topk_weights, recv_layout=layout, static=True)
         return buffer.combine(y, handle)
 

@@ -172,13 +172,13 @@ def test_decode_runs_every_count(tmp_path: Path) -> None:
     found = read(path)
     assert [line["geometry"]["tokens"] for line in found] == [1] * 5 + [5] * 5
     ours = [(line["call"], line["wire"], line["layout"]) for line in found if line["layout"] == "batched"]
-    assert ours == 2 * [("dispatch", "mxfp4", "batched"), ("combine", "bf16", "batched")]
+    assert ours == 2 * [("dispatch", "mxfp4", "batched"), ("combine", "mxfp4", "batched")]
     for line in found:
         assert line.keys() == KEYS
     dispatch, combine = (line for line in found[5:] if line["layout"] == "batched")
     assert dispatch["remote_records"] == combine["remote_records_in"]
     assert dispatch["remote_metadata_bytes"] == dispatch["remote_records"] * 4 * MetadataLayout(2).num_words
-    assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, 256)
+    assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, dispatch["record_bytes"])
 
 
 def check_links(lines: Sequence[dict[str, Any]], printed: str, rates: dict[str, Any]) -> None:
