@@ -13,12 +13,14 @@ struct BarrierParams {
 extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     const Comm& comm = p.comm;
     const int peer = threadIdx.x;
-    const uint32_t epoch = comm.state->epoch + 1;
+    const uint32_t epoch = next_call(comm);
     // Peers that are late must find what the call that timed out told them, and nothing newer.
     if (__syncthreads_or(timed_out(comm))) return;
     announce(comm, epoch);
     if (peer < comm.num_ranks) {
-        wait_for_peer(comm, flag_at(comm, comm.rank, comm.barrier_flags, peer), epoch, peer, kPhaseBarrier);
+        const uint64_t start = global_timer_ns();
+        wait_begun(comm, peer, epoch, kPhaseBarrier);
+        note_wait(comm, peer, start);
     }
     __syncthreads();
     if (threadIdx.x == 0) comm.state->epoch = epoch;

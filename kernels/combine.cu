@@ -314,9 +314,9 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
     bool came = true;
     if (kBegins && blockIdx.x == 0 && sender.number() == 0) announce(comm, epoch);
     if (kBegins && lane < comm.num_ranks) {
-        const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
-        came = blockIdx.x == 0 && sender.number() == 0 ? wait_for_peer(comm, flag, epoch, lane, kPhaseBarrier)
-                                                       : wait_flag(comm, flag, epoch, lane, kPhaseBarrier);
+        const uint64_t start = global_timer_ns();
+        came = wait_begun(comm, lane, epoch, kPhaseBarrier);
+        if (blockIdx.x == 0 && sender.number() == 0) note_wait(comm, lane, start);
     }
     const bool sends = __all_sync(kAllLanes, came) && lane == 0;
     for (uint32_t n = sender.number(); n < num_records; n += kSenders) {
@@ -484,7 +484,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ SumBoard board;
     const Comm& comm = p.send.comm;
-    const uint32_t epoch = comm.state->epoch + 1;
+    const uint32_t epoch = next_call(comm);
     const bool dead = timed_out(comm);
     const BlockRecords records(p.send);
     if (threadIdx.x == 0) init(board);

@@ -22,7 +22,7 @@ __device__ __forceinline__ bool gather_counts(const Comm& comm, const Group& gro
             const uint64_t both = load_relaxed_sys(reinterpret_cast<const uint64_t*>(count_at(i)));
             counts[i % num_ranks * width + i / num_ranks] = static_cast<int32_t>(both);
             const uint32_t seen = static_cast<uint32_t>(both >> 32);
-            if (missing < 0 && !reached(seen, epoch)) missing = i;
+            if (missing < 0 && !reached<false>(seen, epoch)) missing = i;
         }
         if (missing < 0) return true;
         const uint64_t start = global_timer_ns();

@@ -140,13 +140,13 @@ __device__ __forceinline__ void prefetch_inputs(const DispatchSendParams& p) {
 // Dynamic shared memory, 128-byte aligned: kStages stages of records, kTeams * kStages of rows; then tables
 // of counts; then the bitmaps of routing. The workers encode the block's tokens while the others route them,
 // and convert records while those send, count and tell. Every block looks at all tokens of the rank; what the
-// peers are told of them is told by one. Counts the call in state->epoch.
+// peers are told of them is told by the first. Counts the call in state->epoch.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_decode(const __grid_constant__ DispatchDecodeParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ Decode decode;
     const Comm& comm = p.send.comm;
-    const uint32_t epoch = comm.state->epoch + 1;
+    const uint32_t epoch = next_call(comm);
     uint8_t* rows = shared + kStages * kSlotBytes;
     int32_t* counts = reinterpret_cast<int32_t*>(rows + kTeams * kStages * kStageBytes);
     uint32_t* bits = reinterpret_cast<uint32_t*>(counts) + p.count_words;

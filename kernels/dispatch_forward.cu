@@ -61,8 +61,7 @@ __device__ __forceinline__ bool begin(const DispatchForwardParams& p, uint32_t e
     const int node = threadIdx.x - 32;
     bool came = true;
     if (threadIdx.x < comm.num_ranks) {
-        const int rank = threadIdx.x;
-        came = wait_flag(comm, flag_at(comm, comm.rank, comm.barrier_flags, rank), epoch, rank, kPhaseRoute);
+        came = wait_begun(comm, threadIdx.x, epoch, kPhaseRoute);
     } else if (node >= 0 && node < kNodes) {
         const int source = counterpart(comm, node);
         int count = 0;

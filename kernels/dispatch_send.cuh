@@ -176,12 +176,7 @@ class FarSender {
 // Waits until every rank has begun the call; returns false past the deadline. Call from one warp.
 __device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch) {
     const int lane = threadIdx.x % 32;
-    bool began = true;
-    if (lane < comm.num_ranks) {
-        const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, lane);
-        began = wait_flag(comm, flag, epoch, lane, kPhaseRoute);
-    }
-    return __all_sync(kAllLanes, began);
+    return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, kPhaseRoute));
 }
 
 // A warp that sends every kSenders-th of the block's records, once per destination rank, or rank or node that

@@ -146,7 +146,8 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const 
         }
         const auto look = [&] {
             return __ballot_sync(
-                kAllLanes, my_record >= 0 && reached(load_acquire_sys(flags + my_index * kFlagWords), epoch));
+                kAllLanes,
+                my_record >= 0 && reached<false>(load_acquire_sys(flags + my_index * kFlagWords), epoch));
         };
         const auto metadata = [&](int k) {
             const int index = __shfl_sync(kAllLanes, my_index, k);

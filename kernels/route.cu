@@ -34,7 +34,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
     uint32_t* before = shared;
     const int begin = blockIdx.x * p.chunk;
     const int end = min(begin + p.chunk, p.num_tokens);
-    const uint32_t epoch = comm.state->epoch + 1;
+    const uint32_t epoch = next_call(comm);
     const bool dead = timed_out(comm);
     const bool is_last = blockIdx.x == gridDim.x - 1;
     const RouteMap map = {comm, shared + num_keys, words, begin};

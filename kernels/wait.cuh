@@ -1,6 +1,6 @@
 // Waiting for a peer: the only loop on a flag. Every wait has a deadline; a wait that passes it reports who
-// waited for what, and from then on every wait of this buffer returns at once, so that kernels end and the
-// host raises.
+// waited for what, and from then on every wait of this buffer returns soon, so that kernels end and the host
+// raises.
 #pragma once
 
 #include "nodes.cuh"
@@ -28,25 +28,35 @@ __device__ __forceinline__ bool timed_out(const Comm& comm) {
     return load_relaxed_sys(&comm.state->timed_out) != 0;
 }
 
+// The number of the call that begins. Never 0, which flags hold that no call has written; counts go by its
+// parity.
+__device__ __forceinline__ uint32_t next_call(const Comm& comm) {
+    const uint32_t epoch = comm.state->epoch;
+    return epoch == 0xffffffffu ? 2 : epoch + 1;
+}
+
 constexpr int kPollNs = 20;
 constexpr uint32_t kPollsPerCheck =
     32;  // what ends a wait in vain is seldom looked at: it delays the next poll
 
-__device__ __forceinline__ bool reached(uint32_t flag, uint32_t expected) {
-    return static_cast<int32_t>(flag - expected) >= 0;
+// A flag is the number of the call that wrote it last. Many are written by some calls only, so an old one may
+// be any number; but none is ahead of a call that waits for it, except that a peer may have begun the next.
+template <bool kMayBeAhead>
+__device__ __forceinline__ bool reached(uint32_t flag, uint32_t epoch) {
+    return kMayBeAhead ? static_cast<int32_t>(flag - epoch) >= 0 : flag == epoch;
 }
 
-// Waits until the flag, a counter that only grows, has reached `expected`, and orders nothing. Returns false
-// past the deadline.
-__device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
+// Waits until the flag says that a call's turn has come, and orders nothing. Returns false past the deadline.
+template <bool kMayBeAhead = false>
+__device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag, uint32_t epoch, int peer,
                                           Phase phase) {
     const uint64_t start = global_timer_ns();
-    for (uint32_t polls = 1; !reached(load_relaxed_sys(flag), expected); ++polls) {
+    for (uint32_t polls = 1; !reached<kMayBeAhead>(load_relaxed_sys(flag), epoch); ++polls) {
         if (polls % kPollsPerCheck == 0) {
             if (timed_out(comm)) return false;
             if (global_timer_ns() - start > comm.deadline_ns) {
                 if (atomicExch(&comm.state->timed_out, 1u) == 0) {
-                    write_report(&comm.reports->timeout, kTimeout, comm, peer, phase, expected,
+                    write_report(&comm.reports->timeout, kTimeout, comm, peer, phase, epoch,
                                  load_relaxed_sys(flag));
                 }
                 return false;
@@ -58,26 +68,23 @@ __device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag
 }
 
 // Waits likewise; then everything the peer wrote before it raised the flag is visible.
-__device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag, uint32_t expected, int peer,
+template <bool kMayBeAhead = false>
+__device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag, uint32_t epoch, int peer,
                                           Phase phase) {
-    if (reached(load_acquire_sys(flag), expected)) return true;
-    if (!poll_flag(comm, flag, expected, peer, phase)) return false;
+    if (reached<kMayBeAhead>(load_acquire_sys(flag), epoch)) return true;
+    if (!poll_flag<kMayBeAhead>(comm, flag, epoch, peer, phase)) return false;
     load_acquire_sys(flag);
     return true;
+}
+
+// Waits until a rank has begun a call.
+__device__ __forceinline__ bool wait_begun(const Comm& comm, int rank, uint32_t epoch, Phase phase) {
+    return wait_flag<true>(comm, flag_at(comm, comm.rank, comm.barrier_flags, rank), epoch, rank, phase);
 }
 
 // Notes how long a peer has kept this rank waiting since `start`. Call from one thread of a call.
 __device__ __forceinline__ void note_wait(const Comm& comm, int peer, uint64_t start) {
     comm.state->waited_ns[peer] += global_timer_ns() - start;
-}
-
-// Waits for what only one thread of a call waits for, and notes how long.
-__device__ __forceinline__ bool wait_for_peer(const Comm& comm, const uint32_t* flag, uint32_t expected,
-                                              int peer, Phase phase) {
-    const uint64_t start = global_timer_ns();
-    const bool came = wait_flag(comm, flag, expected, peer, phase);
-    note_wait(comm, peer, start);
-    return came;
 }
 
 constexpr int kDoneShift = 16;

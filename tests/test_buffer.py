@@ -180,6 +180,30 @@ def test_buffers_on_streams_of_their_own(target: Target, decode_tokens: int) -> 
     target.run(_interleaved, decode_tokens)
 
 
+def _after_many_calls(rank: int, num_ranks: int, device: str, backend: str, decode_tokens: int) -> None:
+    """Slots that no call has used hold 0, which is neither to be taken for a later call's number nor for an earlier."""
+    todo = [CASE, dataclasses.replace(CASE, static=True, routes="random")]
+    for calls in (2**31 - 2, 2**31 + 5, 2**32 - 3):
+        with (
+            tuning.force(decode_tokens=decode_tokens),
+            cases.make_buffer(CASE, num_ranks, device, backend) as buffer,
+        ):
+            transport: Any = buffer._transport
+            flags = transport._launcher.comm.barrier_flags
+            begun = transport._memory.local[flags : flags + 4 * num_ranks]
+            for words in (transport._state[:4], begun):
+                words.view(torch.int32).fill_(calls if calls < 2**31 else calls - 2**32)
+            torch.cuda.synchronize(buffer.device)
+            dist.barrier()
+            for case in 2 * todo:
+                cases.works(buffer, case)
+
+
+@pytest.mark.parametrize("decode_tokens", [0, 256], ids=["many", "few"])
+def test_after_many_calls(gpu_pool: RankPool, decode_tokens: int) -> None:
+    gpu_pool.run(_after_many_calls, "cuda", "nvlink", decode_tokens)
+
+
 def _async(rank: int, num_ranks: int, device: str, backend: str) -> None:
     case = dataclasses.replace(CASE, routes="random")
     inputs = cases.make_inputs(case, num_ranks)

@@ -14,7 +14,7 @@ from fake_cuda import FakeCuda, nvlink_buffer
 from qcomm import QcommUnsupportedError, WireFormat, jit, nvshmem_build, tuning
 from qcomm.formats import WIRE_KINDS
 from qcomm.jit import KernelSpec
-from qcomm.ops import comm, forward
+from qcomm.ops import comm, dispatch_decode, forward
 from qcomm.ops.catalog import all_specs
 from qcomm.records import NodesLayout, SymmetricLayout
 from qcomm.topology import Topology
@@ -68,6 +68,17 @@ def test_kernels_compile(shape: tuple[int, int], forwarding: bool) -> None:
     for spec, cubin in zip(todo, cubins, strict=True):
         # NVSHMEM finds its state in the module by this name; receivers have none.
         assert (b"nvshmemi_device_state_d" in cubin) == spec.uses_nvshmem
+
+
+def test_the_most_puts_in_flight_keep_to_the_budget_of_one_kernel() -> None:
+    need_headers()
+    most = {
+        op: dataclasses.replace(each, in_flight=tuning.MAX_IN_FLIGHT, flags_together=1)
+        for op, each in tuning.current().defaults.items()
+    }
+    spec = next(spec for spec in all_specs(7168, 8, most) if spec.name == "dispatch_decode")
+    usage = jit.resource_usage(spec.with_constants(node_constants(spec, TWO_BY_TWO, forwards=False)), ARCH)
+    assert 6 * 1024 < usage.static_shared_bytes <= dispatch_decode._STATIC_SHARED_BYTES
 
 
 def test_kernels_link(monkeypatch: pytest.MonkeyPatch) -> None:
