@@ -13,6 +13,7 @@ from fake_cuda import FakeCuda, nvlink_buffer
 
 from qcomm.exchange import DispatchOptions
 from qcomm.handle import NOT_BY_TOKEN, PARTS, Owner, addresses_of, part_shapes
+from qcomm.ops import count
 from qcomm.transport.draft import Draft, make_plan
 
 SIZES = {
@@ -104,6 +105,24 @@ def test_kernels_are_launched_before_tensors_are_made(monkeypatch: pytest.Monkey
         cuda.launches.clear()
         buffer.dispatch(x, idx, static=static)
     assert seen[-1] == ["route", "dispatch_send", "count", "dispatch_recv"]
+
+
+def test_the_hosts_numbers_of_calls_come_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def launch_count(_: object, stream: int, placement: count.Placement, host: torch.Tensor, sequence: int) -> None:
+        placement.host_sequence = sequence
+        host[:] = torch.tensor([placement.host_sequence, 1, -1, -1, 400, 0, 0, 400, 400, 0])
+        seen.append(sequence)
+
+    monkeypatch.setattr(count, "launch_count", launch_count)
+    shape: dict[str, Any] = {"num_experts": 2, "num_topk": 1, "hidden": 128, "num_max_tokens_per_rank": 512}
+    with nvlink_buffer(monkeypatch, FakeCuda(), **shape) as (buffer, transport):
+        x, idx = torch.zeros(400, 128, dtype=torch.bfloat16), torch.zeros(400, 1, dtype=torch.int64)
+        transport._sequence = 2**31 - 2
+        for _ in range(3):
+            buffer.dispatch(x, idx)
+    assert seen == [2**31 - 1, 1, 2]
 
 
 def _no_counts(topk_idx: torch.Tensor) -> Any:

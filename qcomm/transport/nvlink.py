@@ -60,6 +60,7 @@ from qcomm.tuning import Tunings
 _SPINS_PER_QUERY = 1 << 20
 _GUESS_MARGIN = 32
 _NO_BAD_TOKEN = 0x7FFFFFFF
+_MAX_SEQUENCE = 0x7FFFFFFF
 _POINTER_ALIGNMENT = 16
 
 
@@ -331,7 +332,7 @@ class NvlinkTransport:
 
     def _launch_count(self, stream: int, placement: Placement, options: DispatchOptions) -> None:
         """Say what comes."""
-        self._sequence += 1
+        self._sequence = self._sequence % _MAX_SEQUENCE + 1
         host = None if options.static else self._host
         count.launch_count(self._launcher, stream, placement, host, self._sequence)
 
