@@ -153,9 +153,10 @@ def combine(y: torch.Tensor, handle: DispatchHandle, *, weighted: bool | None = 
 
 
 def _combine(y: torch.Tensor, handle: DispatchHandle, weighted: bool, seed: int) -> torch.Tensor:
+    buffer, weights = Buffer.of(handle), handle.row_weights
     # The buffer's log keeps the handle, which must not keep the graph.
-    call = _CombineCall(Buffer.of(handle), _without(handle, handle.row_weights), weighted, seed)
-    out: torch.Tensor = _Combine.apply(y, handle.row_weights if weighted else None, call)
+    kept = handle if weights is None or not weights.requires_grad else _without(handle, weights)
+    out: torch.Tensor = _Combine.apply(y, weights if weighted else None, _CombineCall(buffer, kept, weighted, seed))
     return out
 
 
