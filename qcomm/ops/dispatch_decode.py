@@ -35,6 +35,7 @@ from qcomm.tuning import Tuning
 
 _SENDERS = 2
 _COUNTERS = 4
+"""Warps that count what comes; one for each team then tells it of its records, the others fill the handle."""
 _BUDGET = Budget(warps=14, team_warps=7, registers=48, shared_bytes=88 * 1024, stages=6)
 _STATIC_SHARED_BYTES = 10 * 1024
 """More than the kernel itself declares."""
