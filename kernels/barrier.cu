@@ -17,11 +17,7 @@ extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     // Peers that are late must find what the call that timed out told them, and nothing newer.
     if (__syncthreads_or(timed_out(comm))) return;
     announce(comm, epoch);
-    if (peer < comm.num_ranks) {
-        const uint64_t start = global_timer_ns();
-        wait_begun(comm, peer, epoch, kPhaseBarrier);
-        note_wait(comm, peer, start);
-    }
+    if (peer < comm.num_ranks) wait_begun(comm, peer, epoch, kPhaseBarrier, true);
     __syncthreads();
     if (threadIdx.x == 0) comm.state->epoch = epoch;
     if (threadIdx.x < 2 && p.overflows != nullptr) p.overflows[threadIdx.x] = 0;

@@ -312,12 +312,9 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
     Sender sender(board.outbox, stages, epoch, parts);
     const int lane = threadIdx.x % 32;
     bool came = true;
-    if (kBegins && blockIdx.x == 0 && sender.number() == 0) announce(comm, epoch);
-    if (kBegins && lane < comm.num_ranks) {
-        const uint64_t start = global_timer_ns();
-        came = wait_begun(comm, lane, epoch, kPhaseBarrier);
-        if (blockIdx.x == 0 && sender.number() == 0) note_wait(comm, lane, start);
-    }
+    const bool is_first = blockIdx.x == 0 && sender.number() == 0;
+    if (kBegins && is_first) announce(comm, epoch);
+    if (kBegins && lane < comm.num_ranks) came = wait_begun(comm, lane, epoch, kPhaseBarrier, is_first);
     const bool sends = __all_sync(kAllLanes, came) && lane == 0;
     for (uint32_t n = sender.number(); n < num_records; n += kSenders) {
         board.told.wait(n);

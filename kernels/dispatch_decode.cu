@@ -78,17 +78,17 @@ __device__ __forceinline__ void fill_handle(const DispatchRecvParams& p, const P
     const Clerks clerks;
     const Comm& comm = p.comm;
     const Placement& handle = p.placement;
+    const auto copy = [&](int32_t* to, const int32_t* from, int count) {
+#pragma unroll 1
+        for (int i = clerks.thread(); i < count; i += clerks.size())
+            to[i] = from[i];
+    };
     if (blockIdx.x == 0) {
-#pragma unroll 1
-        for (int i = clerks.thread(); i <= comm.num_ranks; i += clerks.size())
-            handle.recv_offsets[i] = tables.recv_offsets[i];
-#pragma unroll 1
-        for (int i = clerks.thread(); i < comm.num_local_experts; i += clerks.size())
-            handle.num_tokens_per_expert[i] = tables.num_tokens_per_expert[i];
-#pragma unroll 1
-        for (int i = clerks.thread(); handle.group_offsets != nullptr && i <= comm.num_local_experts;
-             i += clerks.size())
-            handle.group_offsets[i] = tables.group_offsets[i];
+        copy(handle.recv_offsets, tables.recv_offsets, comm.num_ranks + 1);
+        copy(handle.num_tokens_per_expert, tables.num_tokens_per_expert, comm.num_local_experts);
+        if (handle.group_offsets != nullptr) {
+            copy(handle.group_offsets, tables.group_offsets, comm.num_local_experts + 1);
+        }
     }
     note_rest(comm, EveryBlock<Clerks>(), tables);
     if (p.pads || tables.layout == kTokenMajor) return;

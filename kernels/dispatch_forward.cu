@@ -61,7 +61,7 @@ __device__ __forceinline__ bool begin(const DispatchForwardParams& p, uint32_t e
     const int node = threadIdx.x - 32;
     bool came = true;
     if (threadIdx.x < comm.num_ranks) {
-        came = wait_begun(comm, threadIdx.x, epoch, kPhaseRoute);
+        came = wait_begun(comm, threadIdx.x, epoch, kPhaseRoute, false);
     } else if (node >= 0 && node < kNodes) {
         const int source = counterpart(comm, node);
         int count = 0;

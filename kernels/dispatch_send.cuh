@@ -176,7 +176,7 @@ class FarSender {
 // Waits until every rank has begun the call; returns false past the deadline. Call from one warp.
 __device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch) {
     const int lane = threadIdx.x % 32;
-    return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, kPhaseRoute));
+    return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, kPhaseRoute, false));
 }
 
 // A warp that sends every kSenders-th of the block's records, once per destination rank, or rank or node that

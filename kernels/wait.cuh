@@ -36,8 +36,8 @@ __device__ __forceinline__ uint32_t next_call(const Comm& comm) {
 }
 
 constexpr int kPollNs = 20;
-constexpr uint32_t kPollsPerCheck =
-    32;  // what ends a wait in vain is seldom looked at: it delays the next poll
+// What ends a wait in vain is seldom looked at, for that delays the next poll.
+constexpr uint32_t kPollsPerCheck = 32;
 
 // A flag is the number of the call that wrote it last. Many are written by some calls only, so an old one may
 // be any number; but none is ahead of a call that waits for it, except that a peer may have begun the next.
@@ -77,14 +77,19 @@ __device__ __forceinline__ bool wait_flag(const Comm& comm, const uint32_t* flag
     return true;
 }
 
-// Waits until a rank has begun a call.
-__device__ __forceinline__ bool wait_begun(const Comm& comm, int rank, uint32_t epoch, Phase phase) {
-    return wait_flag<true>(comm, flag_at(comm, comm.rank, comm.barrier_flags, rank), epoch, rank, phase);
-}
-
 // Notes how long a peer has kept this rank waiting since `start`. Call from one thread of a call.
 __device__ __forceinline__ void note_wait(const Comm& comm, int peer, uint64_t start) {
     comm.state->waited_ns[peer] += global_timer_ns() - start;
+}
+
+// Waits until a rank has begun a call; one thread of the call notes how long that took.
+__device__ __forceinline__ bool wait_begun(const Comm& comm, int rank, uint32_t epoch, Phase phase,
+                                           bool notes) {
+    const uint64_t start = notes ? global_timer_ns() : 0;
+    const uint32_t* flag = flag_at(comm, comm.rank, comm.barrier_flags, rank);
+    const bool began = wait_flag<true>(comm, flag, epoch, rank, phase);
+    if (notes) note_wait(comm, rank, start);
+    return began;
 }
 
 constexpr int kDoneShift = 16;

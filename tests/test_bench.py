@@ -178,7 +178,7 @@ def test_decode_runs_every_count(tmp_path: Path) -> None:
     dispatch, combine = (line for line in found[5:] if line["layout"] == "batched")
     assert dispatch["remote_records"] == combine["remote_records_in"]
     assert dispatch["remote_metadata_bytes"] == dispatch["remote_records"] * 4 * MetadataLayout(2).num_words
-    assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, dispatch["record_bytes"])
+    assert (combine["remote_metadata_bytes"], combine["record_bytes"]) == (0, 80)
 
 
 def check_links(lines: Sequence[dict[str, Any]], printed: str, rates: dict[str, Any]) -> None:
