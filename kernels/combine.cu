@@ -7,8 +7,9 @@
 
 // Whether numbers of rows may travel along; the kernel for few tokens has no registers for them.
 constexpr bool kTakesValues = QCOMM_TAKES_VALUES;
-// Vectors of a token that a receiving warp takes, so that it looks at the flags once for several.
-constexpr int kPartVecs = 2;
+// Vectors of a token that a receiving warp takes, so that it looks at the flags once for several; but where
+// there are as many warps as vectors, one.
+constexpr int kPartVecs = kTakesValues ? 2 : 1;
 constexpr int kPartsPerToken = (kNumVecs + 32 * kPartVecs - 1) / (32 * kPartVecs);
 
 struct CombineSendParams {
@@ -64,16 +65,28 @@ struct Ahead {
     float weights[kNumTopk];
     float values[kNumTopk];
     int32_t token;
-    int32_t i;  // see BlockRecords
 };
 
 constexpr uint32_t kRowsAhead = 6, kValuesAhead = 3, kAhead = 8;  // records
+
+// Which record is one of the next, and where its sum goes. The loading warp, which a block's rows wait for,
+// works it out for many at a time, one a lane.
+struct Upcoming {
+    uint8_t* destination;
+    uint32_t* flag;
+    int32_t record;
+    int32_t source;
+};
+
+constexpr uint32_t kUpcoming = 64;
+static_assert(kUpcoming > kRowsAhead + 32, "32 are worked out when the last of kRowsAhead is not known");
 
 // What the warps of a block share.
 struct SumBoard {
     Outbox outbox;
     Item items[kStages];
     Ahead ahead[kAhead];
+    Upcoming upcoming[kUpcoming];
     Signals<kStages> told;    // the item is there
     Signals<kChunks> loaded;  // the chunk is there
     Signals<kChunks> summed;  // and may be overwritten
@@ -127,6 +140,22 @@ __device__ __forceinline__ SumRoute route_of(const Comm& comm, int source) {
     return {same_node(comm, source) ? source : comm.rank, comm.rank};
 }
 
+__device__ __forceinline__ uint8_t* combine_outbox(const Comm& comm) {
+    return region<uint8_t>(comm, comm.rank, comm.state->nodes.combine_outbox);
+}
+
+// Where the sum of the record in a slot of a source goes: to a rank that this GPU reaches, or to the outbox.
+__device__ __forceinline__ void set_destination(const Comm& comm, int source, int slot, Upcoming& upcoming) {
+    const auto [to, from] = route_of(comm, source);
+    const int64_t index = slot_index(comm, from, slot);
+    upcoming.destination = region<uint8_t>(comm, to, comm.combine_records) + index * kSlotBytes;
+    upcoming.flag = flag_at(comm, to, comm.combine_flags, index);
+#if QCOMM_NVSHMEM
+    if (!kForwards && !same_node(comm, source))
+        upcoming.destination = combine_outbox(comm) + slot_index(comm, source, slot) * kSlotBytes;
+#endif
+}
+
 // What travels of a record.
 __device__ __forceinline__ int bytes_sent(const CombineSendParams& p) {
     return kRecordBytes + (kTakesValues && p.row_values != nullptr ? kMetadataBytes : 0);
@@ -148,10 +177,6 @@ __device__ __forceinline__ int sums_index(const Comm& comm, int rank) {
     return by_node(comm, rank) ? comm.num_ranks + node_of(rank) : rank;
 }
 
-__device__ __forceinline__ uint8_t* combine_outbox(const Comm& comm) {
-    return region<uint8_t>(comm, comm.rank, comm.state->nodes.combine_outbox);
-}
-
 // The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk. What
 // it must know of a record itself it begins to read records before: kRowsAhead of them which rows there are,
 // and, when that is known, kValuesAhead of them the numbers that travel along.
@@ -160,13 +185,28 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
     const bool takes_values = kTakesValues && p.row_values != nullptr;
-    int i = blockIdx.x - gridDim.x;
+    int first_upcoming = blockIdx.x;
+    uint32_t num_known = 0;
+    const auto look_ahead = [&] {
+        const int i = first_upcoming + lane * gridDim.x;
+        const int record = records.record(i);
+        const uint32_t mask = __ballot_sync(kAllLanes, record >= 0);
+        if (record >= 0) {
+            Upcoming& upcoming = board.upcoming[(num_known + __popc(mask & ((1u << lane) - 1))) % kUpcoming];
+            upcoming.record = record;
+            upcoming.source = records.source(i);
+            set_destination(comm, upcoming.source, records.slot(i), upcoming);
+        }
+        first_upcoming += 32 * gridDim.x;
+        num_known += __popc(mask);
+        __syncwarp();
+    };
     const auto row_of = [&](uint32_t n) { return lane < p.width ? board.ahead[n % kAhead].rows[lane] : -1; };
     const auto read_rows = [&](uint32_t n) {
         if (n >= num_records) return;
-        int record = -1;
-        while (record < 0)
-            record = records.record(i += gridDim.x);
+        while (num_known <= n)
+            look_ahead();
+        const int record = board.upcoming[n % kUpcoming].record;
         Ahead& ahead = board.ahead[n % kAhead];
         const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
         if (lane < p.width) {
@@ -174,9 +214,7 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
             if (p.record_weights != nullptr)
                 copy_async<4>(ahead.weights + lane, p.record_weights + entry, true);
         }
-        if (lane != 0) return;
-        copy_async<4>(&ahead.token, p.record_src_token + record, true);
-        ahead.i = i;
+        if (lane == 0) copy_async<4>(&ahead.token, p.record_src_token + record, true);
     };
     const auto read_values = [&](uint32_t n) {
         if (n >= num_records) return;
@@ -187,6 +225,7 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
             copy_async<4>(board.ahead[n % kAhead].values + lane, p.row_values + (row < 0 ? 0 : entry),
                           row >= 0);
     };
+#pragma unroll 1
     for (uint32_t n = 0; n < kRowsAhead; ++n) {
         read_rows(n);
         copy_commit();
@@ -213,19 +252,11 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
         if (row >= 0) item.weights[mine] = p.record_weights != nullptr ? ahead.weights[lane] : 1.0f;
         if (takes_values && lane < kNumTopk) item.values[lane] = ahead.values[lane];
         if (lane == 0) {
-            const int source = records.source(ahead.i);
-            const auto [to, from] = route_of(comm, source);
-            const int64_t index = slot_index(comm, from, records.slot(ahead.i));
-            item.destination = region<uint8_t>(comm, to, comm.combine_records) + index * kSlotBytes;
-            item.flag = flag_at(comm, to, comm.combine_flags, index);
-#if QCOMM_NVSHMEM
-            if (!kForwards && !same_node(comm, source)) {
-                const int64_t slot = slot_index(comm, source, records.slot(ahead.i));
-                item.destination = combine_outbox(comm) + slot * kSlotBytes;
-            }
-#endif
+            const Upcoming& upcoming = board.upcoming[n % kUpcoming];
+            item.destination = upcoming.destination;
+            item.flag = upcoming.flag;
             item.token = ahead.token;
-            item.source = source;
+            item.source = upcoming.source;
             item.first_chunk = chunk;
             item.num_rows = num_rows;
         }
@@ -242,7 +273,7 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
                     const uint8_t* y = p.y + static_cast<int64_t>(row) * (2 * kHidden) + step * kChunkBytes;
                     board.summed.wait_before(at);
                     mbarrier_arrive_expect(board.loaded.of(at), num_bytes);
-                    bulk_load(chunks + at % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(at));
+                    bulk_load_stream(chunks + at % kChunks * kChunkBytes, y, num_bytes, board.loaded.of(at));
                 }
                 __syncwarp();
                 chunk += last - first;
@@ -258,6 +289,8 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
 __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_records, SumBoard& board,
                                          uint8_t* stages, const uint8_t* chunks) {
     const Team team;
+    const uint32_t my_chunks = kept_shared_address(chunks) + sizeof(uint4) * 2 * team.thread;
+    const uint32_t loaded = kept_shared_address(&board.loaded), summed = kept_shared_address(&board.summed);
     for (uint32_t n = team.number; n < num_records; n += kTeams) {
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
@@ -272,20 +305,20 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
 #pragma unroll 1
             for (int row = 0; row < num_rows; ++row) {
                 const float weight = item.weights[row];
-                board.loaded.wait(chunk);
-                const uint4* y =
-                    reinterpret_cast<const uint4*>(chunks + chunk.index * kChunkBytes) + 2 * team.thread;
+                const uint32_t barrier = sizeof(uint64_t) * chunk.index;
+                mbarrier_wait(loaded + barrier, chunk.parity);
+                const uint32_t y = my_chunks + chunk.index * kChunkBytes;
                 uint32_t data[kVec / 2];
-                unpack(y[0], data);
-                unpack(y[1], data + 4);
-                board.summed.arrive(chunk);
+                unpack(load_shared(y), data);
+                unpack(load_shared(y + sizeof(uint4)), data + 4);
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) mbarrier_arrive(summed + barrier);
                 chunk.next();
                 float term[kVec];
                 decode_bf16(data, term);
 #pragma unroll
                 for (int e = 0; e < kVec; ++e) {
-                    if (p.record_weights != nullptr) term[e] = __fmul_rn(weight, term[e]);
-                    sum[e] = __fadd_rn(sum[e], term[e]);
+                    sum[e] = __fadd_rn(sum[e], __fmul_rn(weight, term[e]));
                 }
             }
             const LaneVec encoded = encode_wire<false>(sum, 0, quantizer, token, vec);

@@ -123,6 +123,32 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Lets the kernel behind this one begin, where it was launched to do so, when every block has said so.
+__device__ __forceinline__ void let_next_begin() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits for the end of the kernel before, which let this one begin.
+__device__ __forceinline__ void wait_for_previous() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The same, kept in a register: the compiler would rather work it out again in every round of a loop.
+__device__ __forceinline__ uint32_t kept_shared_address(const void* p) {
+    uint32_t address = shared_address(p);
+    asm volatile("" : "+r"(address));
+    return address;
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
 // Waits at barrier `id`, 1 to 15, for kThreads threads of the block.
 template <int kThreads>
 __device__ __forceinline__ void barrier_sync(int id) {
@@ -159,13 +185,17 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, uin
                  : "memory");
 }
 
-// The same for what is not read again soon: L2 gives it up first.
-__device__ __forceinline__ void bulk_store_stream(void* global, const void* shared, uint32_t num_bytes) {
+// For what is not read again soon: L2 gives it up first.
+__device__ __forceinline__ uint64_t evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void bulk_store_stream(void* global, const void* shared, uint32_t num_bytes) {
     asm volatile(
         "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
-        "r"(shared_address(shared)), "r"(num_bytes), "l"(policy)
+        "r"(shared_address(shared)), "r"(num_bytes), "l"(evict_first())
         : "memory");
 }
 
@@ -202,8 +232,12 @@ __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+__device__ __forceinline__ void mbarrier_arrive(uint32_t address) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+    mbarrier_arrive(shared_address(barrier));
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t num_bytes) {
@@ -213,13 +247,17 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 
 // Waits until the phase of this parity has ended.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t address, uint32_t parity) {
     asm volatile(
         "{.reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;}" ::"r"(shared_address(barrier)),
+        "@!done bra again;}" ::"r"(address),
         "r"(parity)
         : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    mbarrier_wait(shared_address(barrier), parity);
 }
 
 // Copies num_bytes (a multiple of 16) from global to shared memory, both 16-byte aligned; they count as
@@ -230,6 +268,16 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             shared_address(shared)),
         "l"(global), "r"(num_bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// The same for what is not read again soon.
+__device__ __forceinline__ void bulk_load_stream(void* shared, const void* global, uint32_t num_bytes,
+                                                 uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+        "[%3], %4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(num_bytes), "r"(shared_address(barrier)), "l"(evict_first())
         : "memory");
 }
 

@@ -31,7 +31,7 @@ _SEND = Budget(warps=14, team_warps=14, registers=64, shared_bytes=172 * 1024, s
 _SEND_STOCHASTIC = Budget(warps=14, team_warps=14, registers=72, shared_bytes=172 * 1024, stages=6)
 _DECODE = Budget(warps=14, team_warps=14, registers=56, shared_bytes=96 * 1024, stages=6)
 _MAX_CHUNKS = 24
-_DECODE_FLAGS = {"in_flight": 2, "flags_together": 1}
+_DECODE_FLAGS = {"in_flight": 8, "flags_together": 4}
 
 
 class CombineSendParams(ctypes.Structure):
