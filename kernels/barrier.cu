@@ -19,6 +19,6 @@ extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     announce(comm, epoch);
     if (peer < comm.num_ranks) wait_begun(comm, peer, epoch, kPhaseBarrier, true);
     __syncthreads();
-    if (threadIdx.x == 0) comm.state->epoch = epoch;
+    if (threadIdx.x == 0) begin_call(comm, epoch);
     if (threadIdx.x < 2 && p.overflows != nullptr) p.overflows[threadIdx.x] = 0;
 }

@@ -159,7 +159,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     init(p, decode, bits);
     if (__syncthreads_or(dead)) return;
     if (warp < kWorkers) {
-        encoder.encode(decode.outbox, shared);
+        Shares shares;
+        encoder.encode(decode.outbox, shares, shared);
         convert_records(p.recv, decode.inbox, rows, &decode.overflows);
         if (decode.counted && p.recv.pads) {
             Team().sync();
@@ -180,7 +181,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
             bool began = true;
             if (warp == kWorkers + kCounters) number_tokens(p.send, map);
             if (warp == kWorkers + kCounters + kSenders - 1) began = all_began(comm, epoch);
-            send_records(p.send, epoch, Senders().all(began), decode.outbox, shared);
+            Shares shares;
+            send_records(p.send, epoch, Senders().all(began), decode.outbox, shares, shared);
         }
     }
     const int64_t overflows = end_call(comm, epoch, &decode.overflows);

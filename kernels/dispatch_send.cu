@@ -10,15 +10,19 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ Outbox outbox;
-    if (threadIdx.x == 0) outbox.init();
+    __shared__ Claims claims;
+    if (threadIdx.x == 0) {
+        outbox.init();
+        claims.init();
+    }
     if (__syncthreads_or(timed_out(p.comm))) return;
     if (threadIdx.x >= 32 * kWorkers) {
         const uint32_t epoch = p.comm.state->epoch;
         const bool began = p.index_words == 0 || all_began(p.comm, epoch);
-        send_records(p, epoch, began, outbox, shared);
+        send_records(p, epoch, began, outbox, claims, shared);
     } else {
         Encoder encoder(p);
         encoder.begin();
-        encoder.encode(outbox, shared);
+        encoder.encode(outbox, claims, shared);
     }
 }

@@ -179,10 +179,62 @@ __device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch) {
     return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, kPhaseRoute, false));
 }
 
+// Of which token a record of the block is, by its number; from one number on, of none. This way every
+// gridDim.x-th token is the block's.
+struct Shares {
+    static constexpr bool kTakes = false;
+
+    __device__ __forceinline__ int of(uint32_t n) const { return blockIdx.x + gridDim.x * n; }
+
+    // That of record n + step, where n is of `token`.
+    __device__ __forceinline__ int after(int token, uint32_t, int step) const {
+        return token + gridDim.x * step;
+    }
+};
+
+// This way a block takes the rank's next token when it comes to it: some SMs send a third faster than others,
+// and would be done long before those. The team takes each while it encodes the one before, so that it never
+// waits for the counter. Several teams share instead.
+struct Claims {
+    static constexpr bool kTakes = kTeams == 1;
+    static constexpr uint32_t kFirst = 2;  // that a block has without taking them
+    static constexpr int kNone = 0x7fffffff;
+    // When one is overwritten, the senders have read the stage of a later one.
+    static constexpr uint32_t kRing = kStages + 3;
+    static_assert(kSenders <= 2, "a sender asks for its next record's token, and the team is one ahead of it");
+
+    int32_t tokens[kRing];
+    Signals<kRing> known;
+
+    __device__ __forceinline__ void init() { known.init(1); }
+
+    __device__ __forceinline__ int of(uint32_t n) {
+        if (!kTakes || n < kFirst) return Shares().of(n);
+        known.wait(n - kFirst);
+        return tokens[(n - kFirst) % kRing];
+    }
+
+    __device__ __forceinline__ int after(int token, uint32_t n, int step) {
+        return kTakes ? of(n + step) : Shares().after(token, n, step);
+    }
+
+    // Says of which token record n is, after those before it. Call from one thread.
+    __device__ __forceinline__ void tell(uint32_t n, int token) {
+        if (n < kFirst) return;
+        tokens[(n - kFirst) % kRing] = token;
+        mbarrier_arrive(known.of(n - kFirst));
+    }
+
+    __device__ __forceinline__ static int take(const Comm& comm) {
+        return static_cast<int>(atomicAdd(&comm.state->num_claimed, 1u) + kFirst * gridDim.x);
+    }
+};
+
 // A warp that sends every kSenders-th of the block's records, once per destination rank, or rank or node that
 // it is put to; or none, unless the call has begun everywhere.
+template <typename Tokens>
 __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32_t epoch, bool began,
-                                             Outbox& outbox, uint8_t* shared) {
+                                             Outbox& outbox, Tokens& tokens, uint8_t* shared) {
     const Comm& comm = p.comm;
     const int lane = threadIdx.x % 32;
 #if QCOMM_NVSHMEM
@@ -200,20 +252,23 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
                    ? p.send_slot[static_cast<int64_t>(token) * slots_per_token(comm) + rank_of(token)]
                    : -1;
     };
-    const int first = blockIdx.x + gridDim.x * sender.number(), step = gridDim.x * kSenders;
+    uint32_t n = sender.number();
+    int token = tokens.of(n), next_token;
     Metadata metadata(p);
-    int next_slot = slot_of(first);
-    if (first < p.num_tokens) metadata.read(first);
-    for (int token = first; token < p.num_tokens; token += step) {
+    int next_slot = slot_of(token);
+    if (token < p.num_tokens) metadata.read(token);
+    for (; token < p.num_tokens; token = next_token) {
+        next_token = tokens.after(token, n, kSenders);
+        n += kSenders;
         const int slot = next_slot, rank = rank_of(token);
         uint8_t* record = sender.next();
         if (p.index_words != 0) {
             metadata.write(record, token);
             fence_proxy_async_shared();
             __syncwarp();
-            if (token + step < p.num_tokens) metadata.read(token + step);
+            if (next_token < p.num_tokens) metadata.read(next_token);
         }
-        next_slot = slot_of(token + step);
+        next_slot = slot_of(next_token);
         uint8_t* destination = nullptr;
         uint32_t* flag = nullptr;
         if (slot >= 0 && began && same_node(comm, rank)) {
@@ -230,8 +285,8 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
     sender.finish();
 }
 
-// A team's warps, each on its own part: encode every kTeams-th of the block's tokens, and read the next
-// meanwhile.
+// A team's warps, each on its own part: encode every kTeams-th of the block's records, and read the next
+// token meanwhile.
 class Encoder {
   public:
     __device__ __forceinline__ explicit Encoder(const DispatchSendParams& p) : p_(p) {}
@@ -250,10 +305,19 @@ class Encoder {
         }
     }
 
-    __device__ __forceinline__ void encode(Outbox& outbox, uint8_t* shared) {
+    template <typename Tokens>
+    __device__ __forceinline__ void encode(Outbox& outbox, Tokens& tokens, uint8_t* shared) {
         uint32_t n = team_.number;
-        for (int token = team_.index; token < p_.num_tokens; token += team_.count, n += kTeams) {
-            const int following = token + team_.count;
+        int following, taken = 0;
+        for (int token = team_.index; token < p_.num_tokens;
+             token = Tokens::kTakes ? following : token + team_.count, n += kTeams) {
+            if constexpr (Tokens::kTakes) {
+                if (team_.thread == 0) {
+                    tokens.tell(n + 1, taken);
+                    taken = Tokens::take(p_.comm);
+                }
+            }
+            following = tokens.after(token, n, kTeams);
             const LaneVec ahead = next_;
             if (kLoadsAhead && following < p_.num_tokens) next_ = read_input(p_, following, team_.thread);
             outbox.read.wait_before(n);
@@ -266,6 +330,10 @@ class Encoder {
                     write(stage, read_input(p_, token, team_.vec(i)), token, team_.vec(i));
             }
             outbox.hand_over(n);
+        }
+        if constexpr (Tokens::kTakes) {
+            // What the other sender still asks for.
+            if (team_.thread == 0 && kSenders > 1) tokens.tell(n + 1, Tokens::kNone);
         }
     }
 

@@ -45,7 +45,9 @@ struct State {
     uint32_t epoch;
     uint32_t timed_out;
     int32_t bad_token;
-    int32_t padding;
+    uint32_t num_claimed;  // tokens of the call that blocks of dispatch_send took: see Claims
+    uint32_t counted;      // the last call whose records are counted
+    uint32_t padding;
     uint64_t done;  // blocks of the call of one kernel that are, and from kDoneShift on their overflows
     uint64_t waited_ns[kMaxRanks];  // since the buffer was made or reset, for each peer to begin its calls
     Nodes nodes;

@@ -84,7 +84,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
         __syncthreads();
         if (threadIdx.x == 0) {
             comm.state->bad_token = kNoBadToken;
-            comm.state->epoch = epoch;
+            begin_call(comm, epoch);
         }
     }
 

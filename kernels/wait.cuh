@@ -35,6 +35,12 @@ __device__ __forceinline__ uint32_t next_call(const Comm& comm) {
     return epoch == 0xffffffffu ? 2 : epoch + 1;
 }
 
+// What the first kernel of a call leaves to the others. Call from one thread.
+__device__ __forceinline__ void begin_call(const Comm& comm, uint32_t epoch) {
+    comm.state->num_claimed = 0;
+    comm.state->epoch = epoch;
+}
+
 constexpr int kPollNs = 20;
 // What ends a wait in vain is seldom looked at, for that delays the next poll.
 constexpr uint32_t kPollsPerCheck = 32;
