@@ -9,7 +9,7 @@ struct CountParams {
 static_assert(sizeof(CountParams) == QCOMM_SIZEOF_COUNT, "qcomm/ops/count.py holds the same structure");
 
 // Waits for every rank's counts and counts what comes. Zeroes the overflow counters of the receive that
-// follows.
+// follows, and lets it begin before: this kernel's own end takes ten microseconds on an SM that sends.
 //
 // Grid 1, any block of whole warps. Dynamic shared memory: the counts, then count_records' table.
 extern "C" __global__ void count(const __grid_constant__ CountParams params) {
@@ -19,9 +19,13 @@ extern "C" __global__ void count(const __grid_constant__ CountParams params) {
     const uint32_t epoch = comm.state->epoch;
     const bool dead = __syncthreads_or(timed_out(comm));
     const bool ready = !dead && __syncthreads_and(gather_counts(comm, WholeBlock(), epoch, true, counts));
+    // Not sooner: on every SM, the receive would keep out the call that a late rank waits for.
+    let_next_begin();
     int32_t* table = counts + comm.num_ranks * (2 + comm.num_local_experts);
     if (ready) count_records(comm, WholeBlock(), p, counts, table, true);
     if (threadIdx.x < 2) p.overflows[threadIdx.x] = 0;
+    __syncthreads();
+    if (threadIdx.x == 0) store_release_gpu(&comm.state->counted, epoch);
     if (p.host == nullptr) return;
     __threadfence_system();
     __syncthreads();

@@ -3,14 +3,20 @@
 #include "receiver.cuh"
 
 // Any grid; whole teams, then a warp for each that tells it of its records. Dynamic shared memory: kStages
-// stages a team, 128-byte aligned. Where records are given their rows, the handle is filled too.
+// stages a team, 128-byte aligned. Where records are given their rows, the handle is filled too; that may be
+// launched to begin when count lets it.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_recv(const __grid_constant__ DispatchRecvParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ Inbox inbox;
     const Comm& comm = p.comm;
-    if (threadIdx.x == 0) inbox.init();
-    if (__syncthreads_or(timed_out(comm))) return;
+    if (threadIdx.x == 0) {
+        inbox.init();
+        if (kPlaces) wait_flag(comm, &comm.state->counted, comm.state->epoch, comm.rank, kPhaseRoute);
+    }
+    __syncthreads();
+    const bool dead = timed_out(comm);
+    if (__syncthreads_or(dead)) return;
     if (kPlaces) note_rest(comm, EveryBlock<WholeBlock>(), p.placement);
     const int team = static_cast<int>(threadIdx.x / 32) - kTeams * kTeamWarps;
     if (team >= 0) {
@@ -19,4 +25,6 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         write_padding(p, p.placement, shared);
         convert_records(p, inbox, shared, p.placement.overflows);
     }
+    // What comes after this kernel comes after count.
+    if (kPlaces && threadIdx.x == 0) wait_for_previous();
 }

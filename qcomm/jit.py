@@ -154,9 +154,22 @@ class Kernel:
             function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
         self._shared_bytes = 0
+        self._early_config: Any = None
 
-    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
-        """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure."""
+    def launch(
+        self,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        stream: int,
+        params: ctypes.Structure,
+        *,
+        early: bool = False,
+    ) -> None:
+        """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure.
+
+        One that is `early` begins when the kernel before it on the stream lets it, if that does, not when it ends.
+        """
         driver = self._driver
         # Also below the 48 KiB that need no permission, because those count what the kernel itself declares. Another
         # buffer's loader may have the same function, which needs what the hungrier of the two takes.
@@ -164,17 +177,37 @@ class Kernel:
             self._shared_bytes = max(shared_bytes, self._function.max_dynamic_shared_size_bytes)
             self._function.max_dynamic_shared_size_bytes = self._shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        launch: Callable[..., Any] = driver.cuLaunchKernel
+        arguments: tuple[Any, ...]
         arguments = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
-        (result,) = driver.cuLaunchKernel(*arguments)
+        if early:
+            launch = driver.cuLaunchKernelEx
+            arguments = (self._early(grid, block, shared_bytes, stream), self._handle, *arguments[-2:])
+        (result,) = launch(*arguments)
         if result == self._success:
             return
         if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread that has not used CUDA yet, as autograd's may be, has no context; torch too sets it when needed.
             _, context = driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device())
             driver.cuCtxSetCurrent(context)
-            (result,) = driver.cuLaunchKernel(*arguments)
+            (result,) = launch(*arguments)
         if result != self._success:
             raise QcommUnsupportedError(f"launching a kernel failed: {result}", phase="launch", seen=result)
+
+    def _early(self, grid: int, block: int, shared_bytes: int, stream: int) -> Any:
+        """Describe an early launch: its dependence on the kernel before it is programmatic."""
+        config = self._early_config
+        if config is None:
+            driver = self._driver
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config = self._early_config = driver.CUlaunchConfig()
+            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        config.gridDimX, config.blockDimX = grid, block
+        config.sharedMemBytes, config.hStream = shared_bytes, stream
+        return config
 
 
 class KernelLoader:

@@ -108,7 +108,9 @@ class FakeCuda:
         self.users.append(stream)
 
     def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
-        def launch(grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
+        def launch(
+            grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure, *, early: bool = False
+        ) -> None:
             on, number = self._streams[stream], len(self.launches)
             self.launches.append(Launch(make_spec(*args).name, on, number, on.before))
             on.before |= {number}

@@ -162,7 +162,9 @@ class Recorder:
         self.launches: list[Launch] = []
 
     def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
-        def launch(grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure) -> None:
+        def launch(
+            grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure, *, early: bool = False
+        ) -> None:
             assert isinstance(params, ctypes.Structure)
             self.launches.append(Launch(make_spec(*args), grid, threads, shared_bytes))
 

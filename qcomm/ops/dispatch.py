@@ -311,7 +311,7 @@ class Receive:
         wire, blocks = decoding(options.wire), self._launcher.blocks("dispatch", options.wire)
         sharing = _recv_teams(options.recv_dtype, wire, self._hidden)
         kernel = kernels.get(recv_spec, options.recv_dtype, wire, self._hidden, num_topk, self._places)
-        kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params)
+        kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=self._places)
         if options.columnwise:
             tiles, shared_bytes = (_TILES, _TILES * TILE_SHARED_BYTES) if _by_tiles(wire) else (1, 0)
             kernel = kernels.get(columnwise_spec, wire, self._hidden, num_topk)
