@@ -31,18 +31,17 @@ __device__ __forceinline__ void write_rows(const DispatchRecvParams& p, const ui
     }
 }
 
-constexpr int kPaddingRows = 16;  // of an expert's padding, that a warp takes at a time
-
-// One warp of num_warps notes which rows are padding, and copies a stage to them, if any.
+// One warp of num_warps notes which rows are padding, and copies a stage to them, if any: of those few at a
+// time, so that every SM has as many to write.
 __device__ __forceinline__ void pad_rows(const DispatchRecvParams& p, const Placement& placement,
                                          const uint8_t* stage, int warp, int num_warps) {
     const int most = p.rows_per_expert > 0 ? p.rows_per_expert : placement.alignment - 1;
-    const int pieces = (most + kPaddingRows - 1) / kPaddingRows, lane = threadIdx.x % 32;
+    const int piece = stage == nullptr ? 32 : 4, pieces = (most + piece - 1) / piece, lane = threadIdx.x % 32;
     for (int i = warp; i < pieces * p.comm.num_local_experts; i += num_warps) {
         const int expert = i / pieces, end = placement.group_offsets[expert + 1];
         int row = placement.group_offsets[expert] + placement.num_tokens_per_expert[expert] +
-                  i % pieces * kPaddingRows + lane;
-        if (lane >= kPaddingRows || row >= end) row = -1;
+                  i % pieces * piece + lane;
+        if (lane >= piece || row >= end) row = -1;
         if (kPlaces && row >= 0) note_padding(placement, row);
         if (stage != nullptr) write_rows(p, stage, row < p.num_rows ? row : -1);
     }
@@ -54,7 +53,7 @@ __device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const
                                               uint8_t* shared) {
     if (placement.layout == kTokenMajor) return;
     const Team team;
-    const int warp = team.index * kTeamWarps + team.thread / 32, num_warps = team.count * kTeamWarps;
+    const int warp = team.index + team.count * (team.thread / 32), num_warps = team.count * kTeamWarps;
     if (!p.pads) return pad_rows(p, placement, nullptr, warp, num_warps);
     const Ring<kStageBytes> ring(team, shared);
     uint8_t* stage = ring.stage();
