@@ -48,7 +48,7 @@ from qcomm.tuning import Op, Tuning
 
 NAME = "tune"
 _FEW_TOKENS = (32, 64, 128, 256, 512, 1024)
-_IN_FLIGHT = (2, 4, 8, 16)
+_IN_FLIGHT = (1, 2, 4, 8, 16)
 _FLAGS_TOGETHER = (1, 2, 4)
 _NEARLY = 1.01
 _HEADERS = ("sweep", "op", "wire", "tokens", "in flight", "flags", "SMs", "one kernel", "p50 us", "sum us", "")
