@@ -201,7 +201,8 @@ struct Claims {
     static constexpr int kNone = 0x7fffffff;
     // When one is overwritten, the senders have read the stage of a later one.
     static constexpr uint32_t kRing = kStages + 3;
-    static_assert(kSenders <= 2, "a sender asks for its next record's token, and the team is one ahead of it");
+    static_assert(kSenders <= 2,
+                  "a sender asks for its next record's token, and the team is one ahead of it");
 
     int32_t tokens[kRing];
     Signals<kRing> known;
