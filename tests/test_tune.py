@@ -165,7 +165,7 @@ def test_its_course(tmp_path: Path) -> None:
         assert len(line["rank_p50_us"]) == 2
     for row, calls in zip(rows, (["static", "replay"], ["combine"]), strict=True):
         ours = [line for line in found if line["op"] == row.op]
-        assert [line["call"] for line in ours if line["sweep"] == "senders"] == 11 * calls
+        assert [line["call"] for line in ours if line["sweep"] == "senders"] == 12 * calls
         assert [line["call"] for line in ours if line["sweep"] == "SMs"] == 4 * calls
         decode = [line for line in ours if line["sweep"] == "decode"]
         assert [(line["tokens"], line["decode_tokens"]) for line in decode] == [(4, 4), (4, 0), (8, 8), (8, 0)]
@@ -174,7 +174,7 @@ def test_its_course(tmp_path: Path) -> None:
         assert best["SMs"]["num_sms"] == row.tuning.num_sms
         assert row.tuning.decode_tokens in (0, 4, 8)
     printed = done.stdout.splitlines()
-    assert sum(line.startswith("senders ") for line in printed) == 2 * 11
+    assert sum(line.startswith("senders ") for line in printed) == 2 * 12
     assert sum(line.startswith("dispatch ") for line in printed) == 1
 
 

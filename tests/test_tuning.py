@@ -60,7 +60,7 @@ def test_what_no_kernel_can_be_set_to(changes: dict[str, Any], error: type[Excep
 def test_the_table_that_ships() -> None:
     shipped = tuning.read(tuning._SHIPPED)
     assert shipped.defaults == {
-        **EMPTY.defaults,
+        "dispatch": dataclasses.replace(DISPATCH, in_flight=1, flags_together=1),
         "combine": dataclasses.replace(COMBINE, in_flight=2, flags_together=2),
     }
     # A row is of a run, which it names.
