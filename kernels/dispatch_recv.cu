@@ -12,11 +12,16 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     const Comm& comm = p.comm;
     if (threadIdx.x == 0) {
         inbox.init();
-        if (kPlaces) wait_flag(comm, &comm.state->counted, comm.state->epoch, comm.rank, kPhaseRoute);
+        // No kernel's end orders this behind what route wrote, so not from a cache.
+        const uint32_t epoch = load_relaxed_sys(&comm.state->epoch);
+        if (kPlaces) wait_flag(comm, &comm.state->counted, epoch, comm.rank, kPhaseRoute);
     }
     __syncthreads();
     const bool dead = timed_out(comm);
-    if (__syncthreads_or(dead)) return;
+    if (__syncthreads_or(dead)) {
+        if (kPlaces && threadIdx.x == 0) wait_for_previous();
+        return;
+    }
     if (kPlaces) note_rest(comm, EveryBlock<WholeBlock>(), p.placement);
     const int team = static_cast<int>(threadIdx.x / 32) - kTeams * kTeamWarps;
     if (team >= 0) {

@@ -5,7 +5,7 @@
 // Reads x once, the next token while one is encoded, and writes each record once per destination rank, itself
 // included: slot send_slot[token][rank] of this rank's region there, the record's metadata behind it unless
 // this is a replay; then, with release order, that slot's flag. After route, it waits until every rank has
-// begun the call.
+// begun the call. Once a call: by then its tokens are taken.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];

@@ -193,16 +193,15 @@ struct Shares {
 };
 
 // This way a block takes the rank's next token when it comes to it: some SMs send a third faster than others,
-// and would be done long before those. The team takes each while it encodes the one before, so that it never
-// waits for the counter. Several teams share instead.
+// and would be done long before those. The team takes each two records ahead, so that it never waits for the
+// counter, which route or barrier has zeroed. Several teams share instead.
 struct Claims {
     static constexpr bool kTakes = kTeams == 1;
     static constexpr uint32_t kFirst = 2;  // that a block has without taking them
     static constexpr int kNone = 0x7fffffff;
-    // When one is overwritten, the senders have read the stage of a later one.
+    // When one is overwritten, the stages of later ones have been read, whose senders had asked further on.
     static constexpr uint32_t kRing = kStages + 3;
-    static_assert(kSenders <= 2,
-                  "a sender asks for its next record's token, and the team is one ahead of it");
+    static_assert(kSenders <= 2, "of the records of no token two are told, one for each sender");
 
     int32_t tokens[kRing];
     Signals<kRing> known;
@@ -245,8 +244,8 @@ __device__ __forceinline__ void send_records(const DispatchSendParams& p, uint32
     const PutParts parts = {};
 #endif
     Sender sender(outbox, shared, epoch, parts);
-    // A lane's rank changes with the block and the token: were it the same for all, all ranks would send to
-    // one at a time, over its links alone.
+    // A lane's rank changes with the token: were it the same for all, all ranks would send to one at a time,
+    // over its links alone.
     const auto rank_of = [&](int token) { return (lane + token + token / gridDim.x) % comm.num_ranks; };
     const auto slot_of = [&](int token) {
         return lane < comm.num_ranks && token < p.num_tokens

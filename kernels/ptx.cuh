@@ -119,10 +119,6 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
     return t;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // Lets the kernel behind this one begin, where it was launched to do so, when every block has said so.
 __device__ __forceinline__ void let_next_begin() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -131,6 +127,10 @@ __device__ __forceinline__ void let_next_begin() {
 // Waits for the end of the kernel before, which let this one begin.
 __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // The same, kept in a register: the compiler would rather work it out again in every round of a loop.

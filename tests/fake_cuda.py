@@ -112,6 +112,10 @@ class FakeCuda:
             grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure, *, early: bool = False
         ) -> None:
             on, number = self._streams[stream], len(self.launches)
+            if early:
+                # What it waits for in memory is count's; and that alone lets it begin.
+                last = [launch for launch in self.launches if launch.stream is on][-1]
+                assert last.kernel == "count"
             self.launches.append(Launch(make_spec(*args).name, on, number, on.before))
             on.before |= {number}
 

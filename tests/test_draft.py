@@ -14,6 +14,7 @@ from fake_cuda import FakeCuda, nvlink_buffer
 from qcomm.exchange import DispatchOptions
 from qcomm.handle import NOT_BY_TOKEN, PARTS, Owner, addresses_of, part_shapes
 from qcomm.ops import count
+from qcomm.ops.comm import Launcher
 from qcomm.transport.draft import Draft, make_plan
 
 SIZES = {
@@ -108,11 +109,13 @@ def test_kernels_are_launched_before_tensors_are_made(monkeypatch: pytest.Monkey
 
 
 def test_the_hosts_numbers_of_calls_come_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen, real = [], count.launch_count
 
-    def launch_count(_: object, stream: int, placement: count.Placement, host: torch.Tensor, sequence: int) -> None:
-        placement.host_sequence = sequence
-        host[:] = torch.tensor([placement.host_sequence, 1, -1, -1, 400, 0, 0, 400, 400, 0])
+    def launch_count(
+        launcher: Launcher, stream: int, placement: count.Placement, host: torch.Tensor, sequence: int
+    ) -> None:
+        real(launcher, stream, placement, host, sequence)
+        host[:] = torch.tensor([sequence, 1, -1, -1, 400, 0, 0, 400, 400, 0])
         seen.append(sequence)
 
     monkeypatch.setattr(count, "launch_count", launch_count)

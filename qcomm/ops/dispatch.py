@@ -11,7 +11,7 @@ import torch
 from qcomm.exchange import DispatchOptions, Payload, WireInput
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, RecvLayout, ScaleLayout, WireFormat, WireKind
 from qcomm.handle import Addresses
-from qcomm.jit import KernelSpec
+from qcomm.jit import Kernel, KernelSpec
 from qcomm.ops.comm import (
     Budget,
     Comm,
@@ -305,17 +305,28 @@ class Receive:
         self.fill(stream)
         return payload
 
-    def fill(self, stream: int) -> None:
-        """Fill what `prepare` allocated, as records arrive."""
+    def load(self) -> tuple[Kernel, Kernel | None]:
+        """Return the kernels that fill the result: that of rows, and that of columns if there are any."""
         options, num_topk, kernels = self._options, self._launcher.num_topk, self._launcher.kernels
-        wire, blocks = decoding(options.wire), self._launcher.blocks("dispatch", options.wire)
-        sharing = _recv_teams(options.recv_dtype, wire, self._hidden)
-        kernel = kernels.get(recv_spec, options.recv_dtype, wire, self._hidden, num_topk, self._places)
-        kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=self._places)
-        if options.columnwise:
+        wire = decoding(options.wire)
+        rows = kernels.get(recv_spec, options.recv_dtype, wire, self._hidden, num_topk, self._places)
+        return rows, kernels.get(columnwise_spec, wire, self._hidden, num_topk) if options.columnwise else None
+
+    def fill(self, stream: int, *, behind_count: bool = False) -> None:
+        """Fill what `prepare` allocated, as records arrive.
+
+        Args:
+            stream: to launch on.
+            behind_count: `count` is the last thing on the stream, and the receive may begin when that lets it. Not so
+                where a tensor was allocated in between, which torch fills if it is to be deterministic.
+        """
+        wire, blocks = decoding(self._options.wire), self._launcher.blocks("dispatch", self._options.wire)
+        sharing = _recv_teams(self._options.recv_dtype, wire, self._hidden)
+        rows, columns = self.load()
+        rows.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=behind_count)
+        if columns is not None:
             tiles, shared_bytes = (_TILES, _TILES * TILE_SHARED_BYTES) if _by_tiles(wire) else (1, 0)
-            kernel = kernels.get(columnwise_spec, wire, self._hidden, num_topk)
-            kernel.launch(blocks, tiles * _COLUMNWISE_THREADS, shared_bytes, stream, self._params)
+            columns.launch(blocks, tiles * _COLUMNWISE_THREADS, shared_bytes, stream, self._params)
 
     def prepare(self, num_rows: int, rows_per_expert: int) -> tuple[Payload, DispatchRecvParams]:
         """Allocate the received rows; return them, and what the kernel that fills them is given."""

@@ -133,16 +133,19 @@ class NvlinkTransport:
                 handle = make_handle()
             elif options.split:
                 payload, _ = receive.prepare(draft.num_rows, draft.rows_per_expert)
+                # Not in the hook: one that raises may be called again, and must not have counted yet.
+                receive.load()
                 handle = make_handle()
                 result = received(payload, handle, options)
-                return result, handle, self._split(call, (counts, receive.fill), result, handle)
+                fill = functools.partial(receive.fill, behind_count=True)
+                return result, handle, self._split(call, (counts, fill), result, handle)
             elif options.static:
+                payload, _ = receive.prepare(draft.num_rows, draft.rows_per_expert)
                 counts(call.stream)
-                payload = receive.launch(call.stream, draft.num_rows, draft.rows_per_expert)
+                receive.fill(call.stream, behind_count=True)
                 handle = make_handle()
             else:
-                counts(call.stream)
-                handle, payload = self._receive_counted(call, receive, make_handle, topk_idx)
+                handle, payload = self._receive_counted(call, counts, receive, make_handle, topk_idx)
             result = received(payload, handle, options)
             call.keep(result, handle)
         return result, handle, Ending(call.event)
@@ -337,9 +340,14 @@ class NvlinkTransport:
         count.launch_count(self._launcher, stream, placement, host, self._sequence)
 
     def _receive_counted(
-        self, call: Call, receive: Receive, make_handle: Callable[[], DispatchHandle], topk_idx: torch.Tensor
+        self,
+        call: Call,
+        counts: Callable[[int], None],
+        receive: Receive,
+        make_handle: Callable[[], DispatchHandle],
+        topk_idx: torch.Tensor,
     ) -> tuple[DispatchHandle, Payload]:
-        """Receive as many rows as come, which only the counts tell.
+        """Receive as many rows as come, which only the counts tell, that `counts` launches.
 
         A receive of about the last call's length is launched before they are there, so that the GPU need not wait for
         the host; only if it turns out too short is it launched again, with the right length.
@@ -347,10 +355,13 @@ class NvlinkTransport:
         layout = receive.recv_layout
         guess, payload = self._guess.get(layout, 0), None
         if guess and receive.can_guess:
-            payload = receive.launch(call.stream, guess, 0)
+            payload, _ = receive.prepare(guess, 0)
+        counts(call.stream)
+        if payload is not None:
+            receive.fill(call.stream, behind_count=True)
             call.join()
-        handle, counts = make_handle(), self._wait_for_counts(topk_idx)
-        num_rows, rows_per_expert = counts.rows
+        handle, came = make_handle(), self._wait_for_counts(topk_idx)
+        num_rows, rows_per_expert = came.rows
         self._guess[layout] = align(num_rows + num_rows // _GUESS_MARGIN, FP8_GROUP_SIZE)
         if payload is None:
             payload = receive.launch(call.stream, num_rows, rows_per_expert)
@@ -359,8 +370,8 @@ class NvlinkTransport:
             call.reopen()
         else:
             payload = dispatch.cut(payload, num_rows)
-        recv_counts = tuple(b - a for a, b in itertools.pairwise(counts.offsets))
-        return handle.cut(num_rows, rows_per_expert, counts.per_expert, recv_counts), payload
+        recv_counts = tuple(b - a for a, b in itertools.pairwise(came.offsets))
+        return handle.cut(num_rows, rows_per_expert, came.per_expert, recv_counts), payload
 
     def _wait_for_counts(self, topk_idx: torch.Tensor) -> _Counts:
         """Wait for what comes, which `count` tells the host; raise if a rank cannot take part."""
