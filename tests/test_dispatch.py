@@ -70,8 +70,10 @@ def test_inputs(target: Target) -> None:
 def test_sizes(target: Target) -> None:
     todo = [
         *grid(Case(), hidden=(128, 384, 1024), wire=KIND_WIRES, alignment=(1, 32, 128), recv_layout=RECV_LAYOUTS),
-        # Teams of several warps, one part a thread and several, and each with many records.
+        # Teams of several warps, one part a thread and several, and each with many records; and blocks that take tokens
+        # before each other.
         *grid(Case(), hidden=(7168, 8192), wire=KIND_WIRES, recv_dtype=RECV_DTYPES, num_sms=(None, 1)),
+        *grid(Case(), hidden=(7168, 8192), wire=KIND_WIRES, num_sms=(3,)),
         *grid(Case(), num_topk=(1, 8), num_local_experts=(8,), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS),
         *grid(Case(num_topk=1, num_local_experts=1), wire=KIND_WIRES, recv_layout=RECV_LAYOUTS),
     ]
