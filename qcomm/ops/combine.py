@@ -35,7 +35,7 @@ _DECODE_FLAGS = {"in_flight": 8, "flags_together": 4}
 
 
 class CombineSendParams(ctypes.Structure):
-    """See `CombineSendParams` in kernels/combine.cu."""
+    """See `CombineSendParams` in kernels/combine_send.cuh."""
 
     _fields_ = (
         ("comm", Comm),
