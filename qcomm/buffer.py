@@ -17,12 +17,8 @@ import torch.distributed as dist
 from qcomm import topology, validate
 from qcomm.config import BufferConfig, Member, agree
 from qcomm.errors import QcommError
-from qcomm.exchange import CombineOptions, DispatchOptions, Sums, WireInput
+from qcomm.exchange import Sums, WireInput
 from qcomm.formats import (
-    FLOAT_SCALE_LAYOUTS,
-    FP8_GROUP_SIZE,
-    RECV_DTYPES,
-    RECV_LAYOUTS,
     RecvDtype,
     RecvLayout,
     ScaleLayout,
@@ -30,6 +26,7 @@ from qcomm.formats import (
 )
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.hook import RecvHook
+from qcomm.options import CombineOptions, DispatchOptions
 from qcomm.stats import BufferStats, CallLog
 from qcomm.transport.base import Ending, Transport
 from qcomm.transport.select import BACKENDS, PROVIDERS, Choice, choose, create
@@ -518,7 +515,7 @@ class Buffer:
             async_op=async_op,
             split=split,
         )
-        _check_options(options)
+        options.check()
         return options
 
     def _return_gradients(
@@ -683,33 +680,6 @@ def _check_split(return_recv_hook: bool, async_op: bool) -> None:
     validate.boolean("return_recv_hook", return_recv_hook)
     if return_recv_hook and async_op:
         raise ValueError(f"async_op must be False with return_recv_hook=True, got {async_op}")
-
-
-def _check_options(options: DispatchOptions) -> None:
-    validate.seed(options.seed)
-    for name, value in (("columnwise", options.columnwise), ("static", options.static), ("async_op", options.async_op)):
-        validate.boolean(name, value)
-    validate.one_of("recv_layout", options.recv_layout, RECV_LAYOUTS)
-    validate.one_of("recv_dtype", options.recv_dtype, RECV_DTYPES)
-    validate.positive("alignment", options.alignment)
-    if not isinstance(options.sf_layout, ScaleLayout):
-        raise TypeError(f"sf_layout must be a ScaleLayout, got {type(options.sf_layout).__name__}")
-    validate.one_of("sf_layout", options.sf_layout, FLOAT_SCALE_LAYOUTS)
-    if options.capacity is not None:
-        if not options.static:
-            raise ValueError(f"num_max_recv_tokens must be None unless static=True, got {options.capacity}")
-        by_group = options.recv_layout != "token_major"
-        validate.multiple("num_max_recv_tokens", options.capacity, options.alignment if by_group else 1)
-    if options.columnwise:
-        if options.recv_layout != "expert_major" or options.recv_dtype != "fp8":
-            raise ValueError(
-                "columnwise needs recv_layout 'expert_major' and recv_dtype 'fp8', "
-                f"got {options.recv_layout!r} and {options.recv_dtype!r}"
-            )
-        if options.alignment % FP8_GROUP_SIZE:
-            raise ValueError(
-                f"alignment must be a multiple of {FP8_GROUP_SIZE} for columnwise, got {options.alignment}"
-            )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

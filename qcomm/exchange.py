@@ -13,28 +13,15 @@ import torch
 
 from qcomm import reference, reference_columnwise
 from qcomm.formats import (
-    RecvDtype,
-    RecvLayout,
-    ScaleLayout,
     WireFormat,
 )
+from qcomm.options import DispatchOptions
 from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 
 WireInput = torch.Tensor | FP8Tensor | MXFP4Tensor
 _ROWS_AT_ONCE = 1 << 13
 """Rows that are converted together, for the oracle needs some 50 bytes an element meanwhile."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineOptions:
-    """One combine's choices, checked; `split` leaves the receive to a hook."""
-
-    wire: WireFormat
-    weighted: bool
-    seed: int
-    async_op: bool
-    split: bool
 
 
 class Sums(NamedTuple):
@@ -48,26 +35,6 @@ class Sums(NamedTuple):
 
     out: torch.Tensor
     values: torch.Tensor | None
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchOptions:
-    """One call's choices, checked.
-
-    `capacity` is the row count of a static receive, per expert if batched; `split` leaves the receive to a hook.
-    """
-
-    recv_layout: RecvLayout
-    recv_dtype: RecvDtype
-    alignment: int
-    columnwise: bool
-    static: bool
-    capacity: int | None
-    sf_layout: ScaleLayout
-    wire: WireFormat
-    seed: int
-    async_op: bool
-    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

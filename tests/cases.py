@@ -12,8 +12,8 @@ from bit_patterns import equal_bits
 from ranks import device_of
 
 from qcomm import Buffer, DispatchHandle, Received, WireFormat, WirePrecision, reference, reference_exchange, tuning
-from qcomm.exchange import DispatchOptions
 from qcomm.formats import MAXIMUM_RULES, RecvDtype, RecvLayout, Rounding, ScaleLayout, ScaleRule
+from qcomm.options import DispatchOptions
 from qcomm.reference_exchange import ExpectedReceived, ExpectedRows, Tokens
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 

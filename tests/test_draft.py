@@ -11,10 +11,10 @@ import torch
 from cases import OPTIONS
 from fake_cuda import FakeCuda, nvlink_buffer
 
-from qcomm.exchange import DispatchOptions
 from qcomm.handle import NOT_BY_TOKEN, PARTS, Owner, addresses_of, part_shapes
 from qcomm.ops import count
 from qcomm.ops.comm import Launcher
+from qcomm.options import DispatchOptions
 from qcomm.transport.draft import Draft, make_plan
 
 SIZES = {

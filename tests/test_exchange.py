@@ -14,8 +14,8 @@ from bit_patterns import equal_bits
 from cases import OPTIONS, WIRES, Case
 
 from qcomm import FP8Tensor, MXFP4Tensor, WireFormat, exchange, reference, reference_exchange
-from qcomm.exchange import DispatchOptions
 from qcomm.formats import FLOAT_SCALE_LAYOUTS, RECV_LAYOUTS, RecvDtype, ScaleLayout, WireKind
+from qcomm.options import DispatchOptions
 from qcomm.records import MetadataLayout, RecordLayout, align
 
 BF16 = WireFormat("bf16")

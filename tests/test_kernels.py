@@ -21,12 +21,13 @@ import torch
 from cases import OPTIONS
 
 from qcomm import FP8Tensor, MXFP4Tensor, QcommUnsupportedError, Rounding, WireFormat, jit, tuning, validate
-from qcomm.exchange import CombineOptions, WireInput
+from qcomm.exchange import WireInput
 from qcomm.formats import MAXIMUM_RULES, RECV_DTYPES, WIRE_KINDS, WIRE_ROUNDINGS, ScaleRule
 from qcomm.handle import DispatchHandle, Owner, addresses_of
 from qcomm.jit import KernelSpec, ResourceUsage
 from qcomm.ops import codec, columnwise, combine, comm, count, dispatch, dispatch_decode, forward, peer_store, route
 from qcomm.ops.catalog import all_specs, codec_specs
+from qcomm.options import CombineOptions
 from qcomm.records import RecordLayout
 from qcomm.table import format_table
 

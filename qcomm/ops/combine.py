@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from qcomm.exchange import CombineOptions, Sums
+from qcomm.exchange import Sums
 from qcomm.formats import Rounding, WireFormat
 from qcomm.handle import DispatchHandle
 from qcomm.jit import KernelSpec
@@ -24,6 +24,7 @@ from qcomm.ops.comm import (
     spec,
     wire_constants,
 )
+from qcomm.options import CombineOptions
 from qcomm.records import RecordLayout, ValuesLayout
 from qcomm.tuning import Tuning
 

@@ -6,11 +6,11 @@ import ctypes
 
 import torch
 
-from qcomm.exchange import DispatchOptions
 from qcomm.formats import RECV_LAYOUTS
 from qcomm.handle import Addresses
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Comm, Launcher, pointer, spec
+from qcomm.options import DispatchOptions
 
 HOST_SEQUENCE, HOST_READY, HOST_BAD_RANK, HOST_BAD_TOKEN, HOST_ROWS, HOST_ROWS_PER_EXPERT, HOST_FIXED = range(7)
 """Words of the host table that `count` fills: sequence number, whether every peer came in time, bad rank and token (-1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.exchange import DispatchOptions, Payload, WireInput
+from qcomm.exchange import Payload, WireInput
 from qcomm.formats import BLOCK_SIZE, FP8_GROUP_SIZE, WIRE_KINDS, RecvLayout, ScaleLayout, WireFormat, WireKind
 from qcomm.handle import Addresses
 from qcomm.jit import Kernel, KernelSpec
@@ -27,6 +27,7 @@ from qcomm.ops.comm import (
     wire_constants,
 )
 from qcomm.ops.count import Placement
+from qcomm.options import DispatchOptions
 from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales
 from qcomm.tuning import Tuning

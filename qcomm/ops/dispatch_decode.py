@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import functools
 
-from qcomm.exchange import DispatchOptions, WireInput
+from qcomm.exchange import WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
 from qcomm.handle import Addresses
 from qcomm.jit import KernelSpec
@@ -30,6 +30,7 @@ from qcomm.ops.dispatch import (
     send_params,
     stays_in_bits,
 )
+from qcomm.options import DispatchOptions
 from qcomm.records import MetadataLayout, RecordLayout
 from qcomm.tuning import Tuning
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 
-from qcomm.exchange import CombineOptions
 from qcomm.formats import WireFormat
 from qcomm.handle import Addresses, DispatchHandle
 from qcomm.jit import KernelSpec
 from qcomm.ops.comm import Budget, Comm, Launcher, Quantizer, Teams, encoding, send_teams, spec, wire_constants
+from qcomm.options import CombineOptions
 from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
 
 _BUDGET = Budget(warps=8, team_warps=1, registers=64, shared_bytes=92 * 1024, stages=16)

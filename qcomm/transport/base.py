@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from qcomm.errors import QcommError, QcommOverflowError, QcommPeerError, QcommRoutingError
-from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput, describe_bad_route
+from qcomm.exchange import Payload, Sums, WireInput, describe_bad_route
 from qcomm.handle import DispatchHandle, Event, Received
+from qcomm.options import CombineOptions, DispatchOptions
 
 
 class Ending(NamedTuple):

@@ -17,8 +17,9 @@ import torch
 from qcomm import exchange, reference
 from qcomm.config import BufferConfig, Member
 from qcomm.errors import QcommError
-from qcomm.exchange import CombineOptions, DispatchOptions, Routing, Sums, WireInput
+from qcomm.exchange import Routing, Sums, WireInput
 from qcomm.handle import CompletedEvent, DispatchHandle, Event, Owner, Received
+from qcomm.options import CombineOptions, DispatchOptions
 from qcomm.records import MetadataLayout
 from qcomm.topology import Topology
 from qcomm.transport.base import (

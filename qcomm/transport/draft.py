@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm.exchange import DispatchOptions
 from qcomm.formats import RecvLayout
 from qcomm.handle import FLOAT_PARTS, NOT_BY_TOKEN, PARTS, DispatchHandle, Forward, Owner, part_shapes
+from qcomm.options import DispatchOptions
 
 _PLANS = 1024
 """Plans that are remembered, one for each number of tokens and rows."""

@@ -9,8 +9,9 @@ import torch
 
 from qcomm import exchange
 from qcomm.config import BufferConfig, Member
-from qcomm.exchange import CombineOptions, Routing
+from qcomm.exchange import Routing
 from qcomm.handle import DispatchHandle, Relay
+from qcomm.options import CombineOptions
 from qcomm.records import MetadataLayout
 from qcomm.topology import Topology
 from qcomm.transport.messages import Messages

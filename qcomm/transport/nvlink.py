@@ -24,7 +24,7 @@ from qcomm.errors import (
     QcommError,
     QcommTimeoutError,
 )
-from qcomm.exchange import CombineOptions, DispatchOptions, Payload, Sums, WireInput
+from qcomm.exchange import Payload, Sums, WireInput
 from qcomm.formats import FP8_GROUP_SIZE, WireFormat
 from qcomm.handle import Addresses, DispatchHandle, Owner, Received, addresses_of
 from qcomm.jit import KernelLoader, KernelSpec
@@ -42,6 +42,7 @@ from qcomm.ops.comm import (
 )
 from qcomm.ops.count import Placement
 from qcomm.ops.dispatch import Receive, Routing
+from qcomm.options import CombineOptions, DispatchOptions
 from qcomm.records import NodesLayout, align, symmetric_layout
 from qcomm.tensors import FP8Tensor, MXFP4Tensor
 from qcomm.transport.base import (

@@ -16,13 +16,14 @@ import torch.distributed as dist
 
 from qcomm import nvshmem_build
 from qcomm.config import BufferConfig, Member
-from qcomm.exchange import CombineOptions, WireInput
+from qcomm.exchange import WireInput
 from qcomm.formats import WireFormat
 from qcomm.handle import Addresses, DispatchHandle, Owner
 from qcomm.jit import KernelSpec
 from qcomm.ops import forward
 from qcomm.ops.comm import Nodes, State
 from qcomm.ops.dispatch import Routing
+from qcomm.options import CombineOptions
 from qcomm.records import NodesLayout, nodes_layout
 from qcomm.topology import Topology
 from qcomm.transport.calls import Call
