@@ -261,7 +261,7 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
                                          uint8_t* stages, const uint8_t* chunks) {
     const Team team;
     const uint32_t my_chunks = kept_shared_address(chunks) + sizeof(uint4) * 2 * team.thread;
-    const uint32_t loaded = kept_shared_address(&board.loaded), summed = kept_shared_address(&board.summed);
+    const auto loaded = board.loaded.kept(), summed = board.summed.kept();
     for (uint32_t n = team.number; n < num_records; n += kTeams) {
         board.told.wait(n);
         const Item& item = board.items[n % kStages];
@@ -276,14 +276,12 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
 #pragma unroll 1
             for (int row = 0; row < num_rows; ++row) {
                 const float weight = item.weights[row];
-                const uint32_t barrier = sizeof(uint64_t) * chunk.index;
-                mbarrier_wait(loaded + barrier, chunk.parity);
+                loaded.wait(chunk);
                 const uint32_t y = my_chunks + chunk.index * kChunkBytes;
                 uint32_t data[kVec / 2];
                 unpack(load_shared(y), data);
                 unpack(load_shared(y + sizeof(uint4)), data + 4);
-                __syncwarp();
-                if (threadIdx.x % 32 == 0) mbarrier_arrive(summed + barrier);
+                summed.arrive(chunk);
                 chunk.next();
                 float term[kVec];
                 decode_bf16(data, term);

@@ -19,6 +19,27 @@ struct Cursor {
     }
 };
 
+// A warp says at a barrier, given by pointer or by address, that what it has read or written is done.
+template <typename Barrier>
+__device__ __forceinline__ void arrive_warp(Barrier barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// Signals whose address a loop keeps: see kept_shared_address.
+template <int kCount>
+struct KeptSignals {
+    uint32_t address;
+
+    __device__ __forceinline__ void arrive(const Cursor<kCount>& at) const { arrive_warp(barrier(at)); }
+    __device__ __forceinline__ void wait(const Cursor<kCount>& at) const {
+        mbarrier_wait(barrier(at), at.parity);
+    }
+    __device__ __forceinline__ uint32_t barrier(const Cursor<kCount>& at) const {
+        return address + sizeof(uint64_t) * at.index;
+    }
+};
+
 // A ring of barriers in shared memory; use number n of the ring takes barrier n % kCount.
 template <int kCount>
 struct Signals {
@@ -31,17 +52,17 @@ struct Signals {
     }
 
     __device__ __forceinline__ uint64_t* of(uint32_t n) { return barriers + n % kCount; }
+    __device__ __forceinline__ KeptSignals<kCount> kept() const { return {kept_shared_address(barriers)}; }
 
     // A warp says that what it has read or written is done.
-    __device__ __forceinline__ void arrive(uint32_t n) { arrive(Cursor<kCount>(n)); }
-    __device__ __forceinline__ void arrive(const Cursor<kCount>& at) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(barriers + at.index);
+    __device__ __forceinline__ void arrive(uint32_t n) {
+        const Cursor<kCount> at(n);
+        arrive_warp(barriers + at.index);
     }
 
     // Waits for use number n.
-    __device__ __forceinline__ void wait(uint32_t n) { wait(Cursor<kCount>(n)); }
-    __device__ __forceinline__ void wait(const Cursor<kCount>& at) {
+    __device__ __forceinline__ void wait(uint32_t n) {
+        const Cursor<kCount> at(n);
         mbarrier_wait(barriers + at.index, at.parity);
     }
 
