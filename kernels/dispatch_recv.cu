@@ -16,9 +16,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         const uint32_t epoch = load_relaxed_sys(&comm.state->epoch);
         if (kPlaces) wait_flag(comm, &comm.state->counted, epoch, comm.rank, kPhaseRoute);
     }
-    __syncthreads();
-    const bool dead = timed_out(comm);
-    if (__syncthreads_or(dead)) {
+    if (__syncthreads_or(timed_out(comm))) {
         if (kPlaces && threadIdx.x == 0) wait_for_previous();
         return;
     }

@@ -309,6 +309,7 @@ class Encoder {
     __device__ __forceinline__ void encode(Outbox& outbox, Tokens& tokens, uint8_t* shared) {
         uint32_t n = team_.number;
         int following, taken = 0;
+        // What can be worked out again takes no register.
         for (int token = team_.index; token < p_.num_tokens;
              token = Tokens::kTakes ? following : token + team_.count, n += kTeams) {
             if constexpr (Tokens::kTakes) {
