@@ -18,12 +18,7 @@ from qcomm import topology, validate
 from qcomm.config import BufferConfig, Member, agree
 from qcomm.errors import QcommError
 from qcomm.exchange import Sums, WireInput
-from qcomm.formats import (
-    RecvDtype,
-    RecvLayout,
-    ScaleLayout,
-    WirePrecision,
-)
+from qcomm.formats import RecvDtype, RecvLayout, ScaleLayout, WirePrecision
 from qcomm.handle import DispatchHandle, Event, Owner, Received
 from qcomm.hook import RecvHook
 from qcomm.options import CombineOptions, DispatchOptions

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 
 from qcomm import reference, reference_columnwise
-from qcomm.formats import (
-    WireFormat,
-)
+from qcomm.formats import WireFormat
 from qcomm.options import DispatchOptions
 from qcomm.records import MetadataLayout, RecordLayout, align
 from qcomm.tensors import FP8Tensor, MXFP4Tensor, empty_scales

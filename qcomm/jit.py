@@ -177,20 +177,22 @@ class Kernel:
             self._shared_bytes = max(shared_bytes, self._function.max_dynamic_shared_size_bytes)
             self._function.max_dynamic_shared_size_bytes = self._shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        launch: Callable[..., Any] = driver.cuLaunchKernel
-        arguments: tuple[Any, ...]
-        arguments = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
-        if early:
-            launch = driver.cuLaunchKernelEx
-            arguments = (self._early(grid, block, shared_bytes, stream), self._handle, *arguments[-2:])
-        (result,) = launch(*arguments)
+        kernel_params = ctypes.addressof(pointers)
+
+        def launch() -> Any:
+            if early:
+                config = self._early(grid, block, shared_bytes, stream)
+                return driver.cuLaunchKernelEx(config, self._handle, kernel_params, 0)
+            return driver.cuLaunchKernel(self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, kernel_params, 0)
+
+        (result,) = launch()
         if result == self._success:
             return
         if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread that has not used CUDA yet, as autograd's may be, has no context; torch too sets it when needed.
             _, context = driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device())
             driver.cuCtxSetCurrent(context)
-            (result,) = launch(*arguments)
+            (result,) = launch()
         if result != self._success:
             raise QcommUnsupportedError(f"launching a kernel failed: {result}", phase="launch", seen=result)
 
