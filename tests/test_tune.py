@@ -36,12 +36,13 @@ workload.Workload.buffer = buffer
 workload.backend_choice = lambda flags, work: Choice("nvlink", "torch", "stood in for")
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(name="Stand-in", multi_processor_count=132)
 """
+# Keeps none of what it is given, which holds the process group: its threads must end before the interpreter does.
 WRONG = """
-cases, calls = tune._combine_cases, []
+import itertools
+cases, calls = tune._combine_cases, itertools.count()
 def wrong(*args):
-    calls.append(args)
     found = cases(*args)
-    if len(calls) > 1:
+    if next(calls):
         found["combine"].got["sum"] ^= 1
     return found
 tune._combine_cases = wrong
