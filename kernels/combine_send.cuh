@@ -148,45 +148,71 @@ __device__ __forceinline__ int bytes_sent(const CombineSendParams& p) {
     return kRecordBytes + (kTakesValues && p.row_values != nullptr ? kMetadataBytes : 0);
 }
 
-// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk. What
-// it must know of a record itself it begins to read records before: kRowsAhead of them which rows there are,
-// and, when that is known, kValuesAhead of them the numbers that travel along.
-__device__ __forceinline__ void load_rows(const CombineSendParams& p, const BlockRecords& records,
-                                          int num_records, SumBoard& board, uint8_t* chunks) {
-    const Comm& comm = p.comm;
-    const int lane = threadIdx.x % 32;
-    const bool takes_values = kTakesValues && p.row_values != nullptr;
-    int first_upcoming = blockIdx.x;
-    uint32_t num_known = 0;
-    const auto look_ahead = [&] {
-        const int i = first_upcoming + lane * gridDim.x;
-        const int record = records.record(i);
+// What the warp that loads must know of records itself, which it begins to read kRowsAhead records before:
+// which rows there are, and where their sum goes. Call from that warp.
+class RecordReader {
+  public:
+    __device__ __forceinline__ RecordReader(const CombineSendParams& p, const BlockRecords& records,
+                                            SumBoard& board)
+        : p_(p), records_(records), board_(board) {}
+
+    // Begins with the first records; nothing else of the block need be known.
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (uint32_t n = 0; n < kRowsAhead; ++n) {
+            read(n);
+            copy_commit();
+        }
+    }
+
+    // Begins with record n, if there is one.
+    __device__ __forceinline__ void read(uint32_t n) {
+        while (num_known_ <= n && first_ < records_.total)
+            look_ahead();
+        if (num_known_ <= n) return;
+        const int lane = threadIdx.x % 32, record = board_.upcoming[n % kUpcoming].record;
+        Ahead& ahead = board_.ahead[n % kAhead];
+        const int64_t entry = static_cast<int64_t>(record) * p_.width + lane;
+        if (lane < p_.width) {
+            copy_async<4>(ahead.rows + lane, p_.record_rows + entry, true);
+            if (p_.record_weights != nullptr)
+                copy_async<4>(ahead.weights + lane, p_.record_weights + entry, true);
+        }
+        if (lane == 0) copy_async<4>(&ahead.token, p_.record_src_token + record, true);
+    }
+
+  private:
+    __device__ __forceinline__ void look_ahead() {
+        const int lane = threadIdx.x % 32, i = first_ + lane * gridDim.x;
+        const int record = records_.record(i);
         const uint32_t mask = __ballot_sync(kAllLanes, record >= 0);
         if (record >= 0) {
-            Upcoming& upcoming = board.upcoming[(num_known + __popc(mask & ((1u << lane) - 1))) % kUpcoming];
+            const uint32_t n = num_known_ + __popc(mask & ((1u << lane) - 1));
+            Upcoming& upcoming = board_.upcoming[n % kUpcoming];
             upcoming.record = record;
-            upcoming.source = records.source(i);
-            set_destination(comm, upcoming.source, records.slot(i), upcoming);
+            upcoming.source = records_.source(i);
+            set_destination(p_.comm, upcoming.source, records_.slot(i), upcoming);
         }
-        first_upcoming += 32 * gridDim.x;
-        num_known += __popc(mask);
+        first_ += 32 * gridDim.x;
+        num_known_ += __popc(mask);
         __syncwarp();
-    };
+    }
+
+    const CombineSendParams& p_;
+    const BlockRecords& records_;
+    SumBoard& board_;
+    int first_ = blockIdx.x;
+    uint32_t num_known_ = 0;
+};
+
+// The warp that loads: tells what is to be summed, and copies the rows to shared memory chunk by chunk. The
+// reader has begun; when it knows a record's rows, the numbers that travel along are read kValuesAhead
+// records before.
+__device__ __forceinline__ void load_rows(const CombineSendParams& p, RecordReader& reader, int num_records,
+                                          SumBoard& board, uint8_t* chunks) {
+    const int lane = threadIdx.x % 32;
+    const bool takes_values = kTakesValues && p.row_values != nullptr;
     const auto row_of = [&](uint32_t n) { return lane < p.width ? board.ahead[n % kAhead].rows[lane] : -1; };
-    const auto read_rows = [&](uint32_t n) {
-        if (n >= num_records) return;
-        while (num_known <= n)
-            look_ahead();
-        const int record = board.upcoming[n % kUpcoming].record;
-        Ahead& ahead = board.ahead[n % kAhead];
-        const int64_t entry = static_cast<int64_t>(record) * p.width + lane;
-        if (lane < p.width) {
-            copy_async<4>(ahead.rows + lane, p.record_rows + entry, true);
-            if (p.record_weights != nullptr)
-                copy_async<4>(ahead.weights + lane, p.record_weights + entry, true);
-        }
-        if (lane == 0) copy_async<4>(&ahead.token, p.record_src_token + record, true);
-    };
     const auto read_values = [&](uint32_t n) {
         if (n >= num_records) return;
         int row = row_of(n);
@@ -196,11 +222,6 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
             copy_async<4>(board.ahead[n % kAhead].values + lane, p.row_values + (row < 0 ? 0 : entry),
                           row >= 0);
     };
-#pragma unroll 1
-    for (uint32_t n = 0; n < kRowsAhead; ++n) {
-        read_rows(n);
-        copy_commit();
-    }
     if (takes_values) {
         copy_wait<0>();
         for (uint32_t n = 0; n < kValuesAhead; ++n)
@@ -211,7 +232,7 @@ __device__ __forceinline__ void load_rows(const CombineSendParams& p, const Bloc
     uint32_t chunk = 0;
     for (uint32_t n = 0; n < num_records; ++n) {
         copy_wait<kValuesAhead - 1>();
-        read_rows(n + kRowsAhead);
+        reader.read(n + kRowsAhead);
         if (takes_values) read_values(n + kValuesAhead);
         copy_commit();
         const Ahead& ahead = board.ahead[n % kAhead];
@@ -351,13 +372,15 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
 template <bool kBegins>
 __device__ __forceinline__ void reduce_and_send(const CombineSendParams& p, const BlockRecords& records,
                                                 uint32_t epoch, SumBoard& board, uint8_t* shared) {
-    const int num_records = records.count();
     uint8_t* stages = shared + kChunks * kChunkBytes;
     const int role = static_cast<int>(threadIdx.x / 32) - kWorkers;
+    RecordReader reader(p, records, board);
+    if (role == 0) reader.begin();
+    const int num_records = records.count();
     if (role < 0) {
         sum_rows(p, num_records, board, stages, shared);
     } else if (role == 0) {
-        load_rows(p, records, num_records, board, shared);
+        load_rows(p, reader, num_records, board, shared);
     } else {
         send_sums<kBegins>(p, epoch, num_records, board, stages);
     }
