@@ -4,8 +4,9 @@
 // Any grid; kWorkers warps and kSenders that send. Dynamic shared memory: kStages stages, 128-byte aligned.
 // Reads x once, the next token while one is encoded, and writes each record once per destination rank, itself
 // included: slot send_slot[token][rank] of this rank's region there, the record's metadata behind it unless
-// this is a replay; then, with release order, that slot's flag. After route, it waits until every rank has
-// begun the call. Once a call: by then its tokens are taken.
+// this is a replay; then, with release order, that slot's flag. It may begin with route or barrier, whose end
+// it waits for before it sends; after route also until every rank has begun the call. Once a call: by then
+// its tokens are taken. What follows may begin when all blocks are past route or barrier.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -15,10 +16,12 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         outbox.init();
         claims.init();
     }
-    if (__syncthreads_or(timed_out(p.comm))) return;
+    if (__syncthreads_or(timed_out(p.comm))) return wait_for_previous();
     if (threadIdx.x >= 32 * kWorkers) {
-        const uint32_t epoch = p.comm.state->epoch;
-        const bool began = p.index_words == 0 || all_began(p.comm, epoch);
+        wait_for_previous();
+        let_next_begin();
+        const uint32_t epoch = this_call(p.comm);
+        const bool began = p.index_words == 0 ? !timed_out(p.comm) : all_began(p.comm, epoch);
         send_records(p, epoch, began, outbox, claims, shared);
     } else {
         Encoder encoder(p);

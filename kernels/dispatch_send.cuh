@@ -314,6 +314,7 @@ class Encoder {
              token = Tokens::kTakes ? following : token + team_.count, n += kTeams) {
             if constexpr (Tokens::kTakes) {
                 if (team_.thread == 0) {
+                    if (n == 0) wait_for_previous();  // it zeroes the counter
                     tokens.tell(n + 1, taken);
                     taken = Tokens::take(p_.comm);
                 }

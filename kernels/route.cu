@@ -25,9 +25,11 @@ __host__ __device__ constexpr int whole_loads(int num_keys) {
 // shared memory, for num_keys = number_of_keys rounded up to 4: num_keys * (1 + chunk / 32) words:
 // how many earlier tokens go to each, then for each a bitmap of the chunk's tokens. A block
 // publishes its chunk's counts and adds up those of the chunks before it; blocks start in order, so it waits
-// only for blocks that run. The last block, which thereby knows the totals, writes them to every peer.
+// only for blocks that run. The last block, which thereby knows the totals, writes them to every peer. The
+// sender may begin when all blocks have.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_constant__ RouteParams p) {
     extern __shared__ __align__(16) uint32_t shared[];
+    let_next_begin();
     const Comm& comm = p.comm;
     const int num_keys = whole_loads(number_of_keys(comm));
     const int words = p.chunk / 32;

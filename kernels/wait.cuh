@@ -41,6 +41,12 @@ __device__ __forceinline__ void begin_call(const Comm& comm, uint32_t epoch) {
     comm.state->epoch = epoch;
 }
 
+// The number of the call, which its first kernel has left; not from a cache, because kernels may begin before
+// the one before them has ended.
+__device__ __forceinline__ uint32_t this_call(const Comm& comm) {
+    return load_relaxed_sys(&comm.state->epoch);
+}
+
 constexpr int kPollNs = 20;
 // What ends a wait in vain is seldom looked at, for that delays the next poll.
 constexpr uint32_t kPollsPerCheck = 32;

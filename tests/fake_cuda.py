@@ -24,11 +24,17 @@ _NUM_SMS = 132
 
 
 class FakeStream:
-    """Stands for a torch.cuda.Stream; `before` holds the launches that end before the next one here begins."""
+    """Stands for a torch.cuda.Stream.
+
+    Attributes:
+        before: the launches that end before the next one here begins, unless it is early.
+        running: those of them that do not end before an early one begins.
+    """
 
     def __init__(self, number: int, cuda: FakeCuda) -> None:
         self.cuda_stream, self.cuda = number, cuda
         self.before: frozenset[int] = frozenset()
+        self.running: frozenset[int] = frozenset()
 
     def wait_event(self, event: FakeEvent) -> None:
         # CUDA knows no event of a capture outside of it, nor one of outside in a capture.
@@ -57,6 +63,17 @@ class Launch(NamedTuple):
     stream: FakeStream
     number: int
     after: frozenset[int]
+    early: bool
+
+
+_LETS_BEGIN = {
+    "route": ("dispatch_send",),
+    "barrier": ("dispatch_send",),
+    "dispatch_send": ("count", "dispatch_recv"),
+    "count": ("dispatch_recv",),
+    "combine_send": ("combine_recv",),
+}
+"""Kernels that let the next one begin before they end, and those that bear it."""
 
 
 class FakeCuda:
@@ -111,13 +128,16 @@ class FakeCuda:
         def launch(
             grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure, *, early: bool = False
         ) -> None:
-            on, number = self._streams[stream], len(self.launches)
+            name, on, number = make_spec(*args).name, self._streams[stream], len(self.launches)
             if early:
-                # What it waits for in memory is count's; and that alone lets it begin.
                 last = [launch for launch in self.launches if launch.stream is on][-1]
-                assert last.kernel == "count"
-            self.launches.append(Launch(make_spec(*args).name, on, number, on.before))
+                assert name in _LETS_BEGIN[last.kernel]
+            else:
+                on.running = frozenset()
+            self.launches.append(Launch(name, on, number, on.before - on.running, early))
             on.before |= {number}
+            # What a sender lets begin begins behind what routed; what count lets begin, beside the sender too.
+            on.running = {number} | (on.running if name == "count" else frozenset())
 
         return SimpleNamespace(launch=launch)
 

@@ -112,9 +112,9 @@ def test_the_hosts_numbers_of_calls_come_round(monkeypatch: pytest.MonkeyPatch) 
     seen, real = [], count.launch_count
 
     def launch_count(
-        launcher: Launcher, stream: int, placement: count.Placement, host: torch.Tensor, sequence: int
+        launcher: Launcher, stream: int, placement: count.Placement, host: torch.Tensor, sequence: int, *, early: bool
     ) -> None:
-        real(launcher, stream, placement, host, sequence)
+        real(launcher, stream, placement, host, sequence, early=early)
         host[:] = torch.tensor([sequence, 1, -1, -1, 400, 0, 0, 400, 400, 0])
         seen.append(sequence)
 

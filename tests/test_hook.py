@@ -275,11 +275,13 @@ class Fake:
         return [launch.kernel for launch in self.cuda.launches[first:]]
 
     def require_one_after_the_other(self) -> None:
-        """Require that every launch begins when all before it have ended, whatever their streams."""
+        """Require that every launch begins when all before it have ended, whatever their streams.
+
+        One that is early does not wait for the last.
+        """
         for launch in self.cuda.launches:
-            missing = [
-                other.kernel for other in self.cuda.launches[: launch.number] if other.number not in launch.after
-            ]
+            before = self.cuda.launches[: launch.number - launch.early]
+            missing = [other.kernel for other in before if other.number not in launch.after]
             assert not missing, f"{launch.kernel} does not wait for {missing}"
 
 
@@ -298,11 +300,14 @@ def test_a_split_dispatch_sends_and_its_hook_receives(fake: Fake, columnwise: bo
     _, handle, hook = fake.dispatch(columnwise=columnwise)
     assert fake.launched() == ["route", "dispatch_send"]
     route, send = cuda.launches
-    assert route.stream is cuda.current is not send.stream
+    assert route.stream is cuda.current is send.stream
+    assert [launch.early for launch in cuda.launches] == [False, True]
     # What the caller launches now waits for the sends, which read x, and for nothing else.
     assert cuda.current.before == {route.number, send.number}
     hook()
     assert fake.launched(2) == receives
+    # The hook's stream may hold anything of the caller's before them.
+    assert [launch.early for launch in cuda.launches[2:4]] == [False, True]
     assert {launch.stream for launch in cuda.launches[2:]} == {cuda.current}
     first = len(cuda.launches)
     hook = fake.buffer.dispatch(fake.x, handle=handle, columnwise=columnwise, return_recv_hook=True)[2]

@@ -194,25 +194,26 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
         buffer.dispatch(x, handle=handle)
         buffer.combine(recv.x.to(torch.bfloat16), handle)
         names = [launch.kernel for launch in cuda.launches]
-        # A rank without tokens sends none, but forwards those of others.
+        # A rank without tokens forwards those of others.
         buffer.dispatch(x[:0], idx[:0], static=True)
         found = [launch.kernel for launch in cuda.launches[len(names) :]]
-        assert found == (["dispatch_decode"] if decode_tokens else ["route", *names[2:5]])
+        assert found == (["dispatch_decode"] if decode_tokens else names[:5])
     if decode_tokens:
         assert names == ["dispatch_decode", "barrier", "dispatch_send", "dispatch_recv", "combine_decode"]
         assert handle.forward is None
         return
     assert names == [
-        *("route", "dispatch_send", "dispatch_forward", "count", "dispatch_recv"),
-        *("barrier", "dispatch_send", "dispatch_forward", "dispatch_recv"),
-        *("barrier", "combine_send", "combine_forward", "combine_recv"),
+        *("route", "dispatch_forward", "dispatch_send", "count", "dispatch_recv"),
+        *("barrier", "dispatch_forward", "dispatch_send", "dispatch_recv"),
+        *("barrier", "combine_forward", "combine_send", "combine_recv"),
     ]
     first = {launch.kernel: launch for launch in cuda.launches[:5]}
-    # Sending, forwarding and receiving run beside each other, behind the routing.
-    for name in ("dispatch_send", "dispatch_forward"):
+    # Sending, forwarding and receiving run beside each other, behind the routing; sending begins with it.
+    for name in ("dispatch_forward", "count", "dispatch_recv"):
         assert first["route"].number in first[name].after
+    for name in ("dispatch_send", "dispatch_forward"):
         assert first[name].number not in first["dispatch_recv"].after
-    assert first["dispatch_send"].number not in first["dispatch_forward"].after
+    assert first["dispatch_forward"].number not in first["dispatch_send"].after
     # The next call waits for all of them.
     assert {launch.number for launch in cuda.launches[:5]} <= cuda.launches[5].after
     assert handle.forward is not None

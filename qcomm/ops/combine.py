@@ -134,13 +134,16 @@ def launch_send(
     _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1])
 
 
-def launch_recv(launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, sums: Sums) -> None:
-    """Fill the result as sums arrive."""
+def launch_recv(
+    launcher: Launcher, stream: int, handle: DispatchHandle, wire: WireFormat, sums: Sums, *, early: bool = False
+) -> None:
+    """Fill the result as sums arrive; it may be early where the sender is the last thing on the stream."""
     if handle.num_tokens:
         tuning = launcher.tuning("combine", wire)
         key = combine_spec, "combine_recv", decoding(wire), sums.out.shape[1], launcher.num_topk, tuning
         params = _recv_params(launcher, handle, sums)
-        launcher.kernels.get(*key).launch(launcher.blocks("combine", wire), _recv_threads(wire), 0, stream, params)
+        blocks, threads = launcher.blocks("combine", wire), _recv_threads(wire)
+        launcher.kernels.get(*key).launch(blocks, threads, 0, stream, params, early=early)
 
 
 def is_decode(

@@ -91,13 +91,24 @@ def count_spec(num_topk: int) -> KernelSpec:
 
 
 def launch_count(
-    launcher: Launcher, stream: int, placement: Placement, host: torch.Tensor | None, sequence: int
+    launcher: Launcher,
+    stream: int,
+    placement: Placement,
+    host: torch.Tensor | None,
+    sequence: int,
+    *,
+    early: bool = False,
 ) -> None:
-    """Wait for every peer's counts, and say what comes; with a host table, tell the host under a sequence number."""
+    """Wait for every peer's counts, and say what comes; with a host table, tell the host under a sequence number.
+
+    It may be early where the sender is the last thing on the stream.
+    """
     params = CountParams(launcher.comm, placement)
     params.placement.host, params.placement.host_sequence = pointer(host), sequence
     shared_bytes = table_bytes(launcher)
-    launcher.kernels.get(count_spec, launcher.num_topk).launch(1, _THREADS, shared_bytes, stream, params)
+    launcher.kernels.get(count_spec, launcher.num_topk).launch(
+        1, _THREADS, shared_bytes, stream, params, early=early
+    )
 
 
 def table_bytes(launcher: Launcher) -> int:

@@ -235,15 +235,19 @@ def launch_send(
     wire: WireFormat,
     seed: int,
 ) -> None:
-    """Encode every token and copy its record to its ranks, with its metadata unless this is a replay."""
-    num_tokens, hidden = x.shape
-    if not num_tokens:
-        return
+    """Encode every token and copy its record to its ranks, with its metadata unless this is a replay.
+
+    `route`, or in a replay the barrier, is the last thing on the stream.
+    """
+    hidden = x.shape[1]
     params, kind = send_params(launcher, x, parts, routing, wire, seed)
     sharing = _send_teams(wire, hidden, launcher.num_topk)
     tuning = launcher.tuning("dispatch", wire)
     kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, launcher.num_topk, tuning)
-    kernel.launch(launcher.send_blocks("dispatch", wire), sharing.threads, sharing.shared_bytes, stream, params)
+    blocks = launcher.send_blocks("dispatch", wire)
+    if routing is not None and blocks == launcher.num_sms > 1:
+        blocks -= 1  # for count, whose steps take twice as long on an SM that sends
+    kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, params, early=True)
 
 
 class Receive:
@@ -294,16 +298,17 @@ class Receive:
         self._places = False
         return self.launch(stream, num_rows, 0)
 
-    def launch(self, stream: int, num_rows: int, rows_per_expert: int) -> Payload:
+    def launch(self, stream: int, num_rows: int, rows_per_expert: int, *, early: bool = False) -> Payload:
         """Allocate the received rows, and fill them as records arrive.
 
         Args:
             stream: to launch on.
             num_rows: rows of the result.
             rows_per_expert: rows of one expert in the "batched" layout, else 0.
+            early: as in `fill`.
         """
         payload, _ = self.prepare(num_rows, rows_per_expert)
-        self.fill(stream)
+        self.fill(stream, early=early)
         return payload
 
     def load(self) -> tuple[Kernel, Kernel | None]:
@@ -313,18 +318,18 @@ class Receive:
         rows = kernels.get(recv_spec, options.recv_dtype, wire, self._hidden, num_topk, self._places)
         return rows, kernels.get(columnwise_spec, wire, self._hidden, num_topk) if options.columnwise else None
 
-    def fill(self, stream: int, *, behind_count: bool = False) -> None:
+    def fill(self, stream: int, *, early: bool = False) -> None:
         """Fill what `prepare` allocated, as records arrive.
 
         Args:
             stream: to launch on.
-            behind_count: `count` is the last thing on the stream, and the receive may begin when that lets it. Not so
-                where a tensor was allocated in between, which torch fills if it is to be deterministic.
+            early: `count`, or in a replay the sender, is the last kernel of the stream, and lets the receive begin. A
+                tensor that was allocated since, and that torch fills if it is to be deterministic, makes it wait.
         """
         wire, blocks = decoding(self._options.wire), self._launcher.blocks("dispatch", self._options.wire)
         sharing = _recv_teams(self._options.recv_dtype, wire, self._hidden)
         rows, columns = self.load()
-        rows.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=behind_count)
+        rows.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=early)
         if columns is not None:
             tiles, shared_bytes = (_TILES, _TILES * TILE_SHARED_BYTES) if _by_tiles(wire) else (1, 0)
             columns.launch(blocks, tiles * _COLUMNWISE_THREADS, shared_bytes, stream, self._params)

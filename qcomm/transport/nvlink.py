@@ -1,9 +1,10 @@
 """The nvlink backend: peers write into each other's symmetric memory, and flags say when.
 
-A call takes two streams. The caller's (or, for async calls, the communication stream) routes and receives; a second
-one sends, so that records leave while the host still learns how large the result is. Every call begins with an
-exchange among all ranks (route and count, or a barrier), after which every rank has finished its earlier calls; so no
-slot is overwritten while a peer reads it. A split call leaves all that waits for records to its hook.
+A call's kernels follow each other on one stream, the caller's or, for async calls, the communication stream. Each lets
+the next begin before it ends, by programmatic dependent launch: a receive runs beside the send, and that beside what
+routes. Every call begins with an exchange among all ranks (route and count, or a barrier), after which every rank has
+finished its earlier calls; so no slot is overwritten while a peer reads it. A split call leaves all that waits for
+records to its hook.
 """
 
 from __future__ import annotations
@@ -79,7 +80,6 @@ class NvlinkTransport:
     ) -> None:
         self._config, self._member, self._owner = config, member, owner
         self._calls = Calls(member.device, comm_stream)
-        self._send_stream = torch.cuda.Stream(member.device, priority=-1)
         self._sequence = 0
         self._guess: dict[str, int] = {}
         device = torch.cuda.get_device_properties(member.device)
@@ -138,12 +138,12 @@ class NvlinkTransport:
                 receive.load()
                 handle = make_handle()
                 result = received(payload, handle, options)
-                fill = functools.partial(receive.fill, behind_count=True)
+                fill = functools.partial(receive.fill, early=True)
                 return result, handle, self._split(call, (counts, fill), result, handle)
             elif options.static:
                 payload, _ = receive.prepare(draft.num_rows, draft.rows_per_expert)
-                counts(call.stream)
-                receive.fill(call.stream, behind_count=True)
+                counts(call.stream, early=True)
+                receive.fill(call.stream, early=True)
                 handle = make_handle()
             else:
                 handle, payload = self._receive_counted(call, counts, receive, make_handle, topk_idx)
@@ -162,7 +162,7 @@ class NvlinkTransport:
             receive = Receive(self._launcher, placement, options, self._config.hidden, overflows, places=False)
             payload, _ = receive.prepare(handle.num_rows, handle.rows_per_expert)
             if not options.split:
-                receive.fill(call.stream)
+                receive.fill(call.stream, early=True)
             result = received(payload, handle, options)
             if options.split:
                 return result, self._split(call, (receive.fill,), result, handle)
@@ -190,7 +190,7 @@ class NvlinkTransport:
             )
             if options.split:
                 return sums, self._split(call, (receive,), *sums, handle)
-            receive(call.stream)
+            receive(call.stream, early=True)
             call.keep(*sums)
         return sums, Ending(call.event)
 
@@ -275,9 +275,8 @@ class NvlinkTransport:
     def _send(
         self, call: Call, x: WireInput, parts: Addresses, routing: Routing | None, wire: WireFormat, seed: int
     ) -> None:
-        """Launch what sends tokens; without a routing, along a known route."""
-        with call.beside(self._send_stream) as stream:
-            dispatch.launch_send(self._launcher, stream, x, parts, routing, wire, seed)
+        """Launch what sends tokens, behind `route` or, without a routing, behind the barrier."""
+        dispatch.launch_send(self._launcher, call.stream, x, parts, routing, wire, seed)
 
     def _send_sums(
         self,
@@ -288,8 +287,7 @@ class NvlinkTransport:
         options: CombineOptions,
     ) -> None:
         """Launch what sends sums."""
-        with call.beside(self._send_stream) as stream:
-            combine.launch_send(self._launcher, stream, y, row_values, handle, options)
+        combine.launch_send(self._launcher, call.stream, y, row_values, handle, options)
 
     def _begin(
         self, options: DispatchOptions | CombineOptions, *inputs: object
@@ -334,16 +332,18 @@ class NvlinkTransport:
         )
         return Draft(plan, rows, rows_per_expert, self._member.device)
 
-    def _launch_count(self, stream: int, placement: Placement, options: DispatchOptions) -> None:
+    def _launch_count(
+        self, stream: int, placement: Placement, options: DispatchOptions, *, early: bool = False
+    ) -> None:
         """Say what comes."""
         self._sequence = self._sequence % _MAX_SEQUENCE + 1
         host = None if options.static else self._host
-        count.launch_count(self._launcher, stream, placement, host, self._sequence)
+        count.launch_count(self._launcher, stream, placement, host, self._sequence, early=early)
 
     def _receive_counted(
         self,
         call: Call,
-        counts: Callable[[int], None],
+        counts: Callable[..., None],
         receive: Receive,
         make_handle: Callable[[], DispatchHandle],
         topk_idx: torch.Tensor,
@@ -357,15 +357,15 @@ class NvlinkTransport:
         guess, payload = self._guess.get(layout, 0), None
         if guess and receive.can_guess:
             payload, _ = receive.prepare(guess, 0)
-        counts(call.stream)
+        counts(call.stream, early=True)
         if payload is not None:
-            receive.fill(call.stream, behind_count=True)
+            receive.fill(call.stream, early=True)
             call.join()
         handle, came = make_handle(), self._wait_for_counts(topk_idx)
         num_rows, rows_per_expert = came.rows
         self._guess[layout] = align(num_rows + num_rows // _GUESS_MARGIN, FP8_GROUP_SIZE)
         if payload is None:
-            payload = receive.launch(call.stream, num_rows, rows_per_expert)
+            payload = receive.launch(call.stream, num_rows, rows_per_expert, early=True)
         elif num_rows > guess:
             payload = receive.launch_again(call.stream, num_rows)
             call.reopen()
