@@ -106,9 +106,7 @@ def launch_count(
     params = CountParams(launcher.comm, placement)
     params.placement.host, params.placement.host_sequence = pointer(host), sequence
     shared_bytes = table_bytes(launcher)
-    launcher.kernels.get(count_spec, launcher.num_topk).launch(
-        1, _THREADS, shared_bytes, stream, params, early=early
-    )
+    launcher.kernels.get(count_spec, launcher.num_topk).launch(1, _THREADS, shared_bytes, stream, params, early=early)
 
 
 def table_bytes(launcher: Launcher) -> int:
