@@ -122,9 +122,10 @@ __device__ __forceinline__ void tell_end(Inbox& inbox, int team, uint32_t n) {
     inbox.told[team].arrive(n);
 }
 
-// The warp that waits for a team's records, round robin over the sources, which is the order in which they
-// come; and says where each goes: to those in record_rows, or those that its metadata say, which are noted.
-// One that waits in vain goes on, with any bytes; the host raises. The team was told of n before.
+// The warp that waits for a team's records, which are dealt out round robin over the sources, and tells of
+// each as it comes: one that is late keeps none of 32 others waiting. It says where each goes: to those in
+// record_rows, or those that its metadata say, which are noted. Past the deadline it goes on with any bytes;
+// the host raises. The team was told of n before.
 __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const Placement& placement,
                                              uint32_t epoch, Inbox& inbox, int team, uint32_t n) {
     const Comm& comm = p.comm;
@@ -143,11 +144,6 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const 
             if (record < placement.recv_offsets[source + 1]) my_record = record;
             my_index = static_cast<int>(slot_index(comm, source, slot));
         }
-        const auto look = [&] {
-            return __ballot_sync(
-                kAllLanes,
-                my_record >= 0 && reached<false>(load_acquire_sys(flags + my_index * kFlagWords), epoch));
-        };
         const auto metadata = [&](int k) {
             const int index = __shfl_sync(kAllLanes, my_index, k);
             return read_entry(comm, records + static_cast<int64_t>(index) * kSlotBytes + kRecordBytes);
@@ -156,19 +152,20 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const 
             const int64_t record = __shfl_sync(kAllLanes, my_record, k);
             return lane < width ? placement.record_rows[record * width + lane] : -1;
         };
-        uint32_t there = look();
-        uint32_t left = __ballot_sync(kAllLanes, my_record >= 0);
+        uint32_t there = 0, left = __ballot_sync(kAllLanes, my_record >= 0);
         RecordEntry entry, next_entry;
-        int row, next_row = left != 0 && !kPlaces ? rows(__ffs(left) - 1) : -1;
-        bool has_entry = false;
-        for (; left != 0; left &= left - 1, ++n) {
-            const int k = __ffs(left) - 1, following = __ffs(left & (left - 1)) - 1;
-            if ((there >> k & 1) == 0) {
-                if (lane == k)
-                    poll_flag(comm, flags + my_index * kFlagWords, epoch, mine % num_ranks, kPhaseDispatch);
-                __syncwarp();
-                there = look() | 1u << k;
+        int row, next_row;
+        bool has_next = false;  // read ahead, of the first of those that are there
+        for (; left != 0; ++n) {
+            if (there == 0) {
+                there = wait_any_flag(comm, my_record >= 0 && (left >> lane & 1) != 0,
+                                      flags + my_index * kFlagWords, epoch, mine % num_ranks, kPhaseDispatch);
+                if (there == 0) there = left;
             }
+            const int k = __ffs(there) - 1;
+            there &= there - 1;
+            left &= ~(1u << k);
+            const int following = __ffs(there) - 1;
             inbox.taken[team].wait_before(n);
             Inbox::Item& item = inbox.items[team][n % Inbox::kDepth];
             if (lane == k) item.index = my_index;
@@ -177,14 +174,14 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const 
             const int record = __shfl_sync(kAllLanes, my_record, k);
             // What the next one needs is read before this one is placed.
             if constexpr (kPlaces) {
-                entry = has_entry ? next_entry : metadata(k);
-                has_entry = following >= 0 && (there >> following & 1) != 0;
-                if (has_entry) next_entry = metadata(following);
+                entry = has_next ? next_entry : metadata(k);
+                if (following >= 0) next_entry = metadata(following);
                 row = row_of(comm, placement, entry, source, record);
             } else {
-                row = next_row;
+                row = has_next ? next_row : rows(k);
                 if (following >= 0) next_row = rows(following);
             }
+            has_next = following >= 0;
             if (lane < kNumTopk) item.rows[lane] = row < p.num_rows ? row : -1;
             inbox.placed[team].arrive(n);
             if (kPlaces) note_record(placement, entry, source, record, row);

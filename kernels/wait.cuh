@@ -1,4 +1,4 @@
-// Waiting for a peer: the only loop on a flag. Every wait has a deadline; a wait that passes it reports who
+// Waiting for a peer: the only loops on flags. Every wait has a deadline; a wait that passes it reports who
 // waited for what, and from then on every wait of this buffer returns soon, so that kernels end and the host
 // raises.
 #pragma once
@@ -58,25 +58,42 @@ __device__ __forceinline__ bool reached(uint32_t flag, uint32_t epoch) {
     return kMayBeAhead ? static_cast<int32_t>(flag - epoch) >= 0 : flag == epoch;
 }
 
+// Tells whether a wait since `start` is in vain, and if it is the first, reports it.
+__device__ __forceinline__ bool in_vain(const Comm& comm, uint64_t start, const uint32_t* flag,
+                                        uint32_t epoch, int peer, Phase phase) {
+    if (timed_out(comm)) return true;
+    if (global_timer_ns() - start <= comm.deadline_ns) return false;
+    if (atomicExch(&comm.state->timed_out, 1u) == 0)
+        write_report(&comm.reports->timeout, kTimeout, comm, peer, phase, epoch, load_relaxed_sys(flag));
+    return true;
+}
+
 // Waits until the flag says that a call's turn has come, and orders nothing. Returns false past the deadline.
 template <bool kMayBeAhead = false>
 __device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag, uint32_t epoch, int peer,
                                           Phase phase) {
     const uint64_t start = global_timer_ns();
     for (uint32_t polls = 1; !reached<kMayBeAhead>(load_relaxed_sys(flag), epoch); ++polls) {
-        if (polls % kPollsPerCheck == 0) {
-            if (timed_out(comm)) return false;
-            if (global_timer_ns() - start > comm.deadline_ns) {
-                if (atomicExch(&comm.state->timed_out, 1u) == 0) {
-                    write_report(&comm.reports->timeout, kTimeout, comm, peer, phase, epoch,
-                                 load_relaxed_sys(flag));
-                }
-                return false;
-            }
-        }
+        if (polls % kPollsPerCheck == 0 && in_vain(comm, start, flag, epoch, peer, phase)) return false;
         __nanosleep(kPollNs);
     }
     return true;
+}
+
+// Waits until some of the flags of a warp's lanes, those with one, have come, and returns which, none past the
+// deadline; then what their peers wrote before is visible.
+__device__ __forceinline__ uint32_t wait_any_flag(const Comm& comm, bool has_flag, const uint32_t* flag,
+                                                  uint32_t epoch, int peer, Phase phase) {
+    const uint64_t start = global_timer_ns();
+    for (uint32_t polls = 1;; ++polls) {
+        const bool came = has_flag && reached<false>(load_acquire_sys(flag), epoch);
+        const uint32_t those = __ballot_sync(kAllLanes, came);
+        if (those != 0) return those;
+        if (polls % kPollsPerCheck == 0 &&
+            __any_sync(kAllLanes, has_flag && in_vain(comm, start, flag, epoch, peer, phase)))
+            return 0;
+        __nanosleep(kPollNs);
+    }
 }
 
 // Waits likewise; then everything the peer wrote before it raised the flag is visible.
