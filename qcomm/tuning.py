@@ -27,6 +27,7 @@ OPS: tuple[Op, ...] = ("dispatch", "combine")
 TABLE_VARIABLE = "QCOMM_TUNING"
 MAX_IN_FLIGHT = 16
 """A sender keeps the flags of so many records in shared memory, beside the records."""
+_MOST_TIMES = 4
 _SHIPPED = Path(__file__).with_name("tuning.json")
 
 
@@ -65,6 +66,16 @@ class Tuning:
     def is_few(self, num_tokens: int) -> bool:
         """Tell whether one kernel does a call of so many tokens of a rank, perhaps of none."""
         return 0 < self.decode_tokens >= num_tokens
+
+    def on(self, num_sms: int | None, device_sms: int) -> Tuning:
+        """Return what suits so many of a device's SMs: the fewer send, the more each must have under way."""
+        if num_sms is None:
+            return self
+        share, times = min(self.num_sms or device_sms, device_sms) // num_sms, 1
+        while 2 * times <= min(share, _MOST_TIMES, MAX_IN_FLIGHT // self.in_flight):
+            times *= 2
+        in_flight, flags_together = times * self.in_flight, max(1, times // 2) * self.flags_together
+        return dataclasses.replace(self, in_flight=in_flight, flags_together=flags_together, num_sms=num_sms)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -185,14 +196,15 @@ def choose(table: Table, *, device: str, op: Op, wire: WireKind, num_ranks: int)
     return min(rows, key=distance).tuning
 
 
-def choose_all(device: str, num_ranks: int, num_sms: int | None) -> Tunings:
+def choose_all(device: str, device_sms: int, num_ranks: int, num_sms: int | None) -> Tunings:
     """Return what a rank takes of the table in effect; `num_sms`, where given, whatever that says of it."""
     forced = dict(_forced) if num_sms is None else {**_forced, "num_sms": num_sms}
     chosen = {}
     for op in OPS:
         for wire in WIRE_KINDS:
             found = choose(current(), device=device, op=op, wire=wire, num_ranks=num_ranks)
-            chosen[op, wire] = _tuning({**dataclasses.asdict(found), **forced})
+            suited = found.on(forced.get("num_sms"), device_sms)
+            chosen[op, wire] = _tuning({**dataclasses.asdict(suited), **forced})
     return chosen
 
 

@@ -154,7 +154,7 @@ def test_who_asks_for_ibgda(monkeypatch: pytest.MonkeyPatch, value: str | None, 
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
 @pytest.mark.parametrize("num_sms", [None, 1, 2, 24])
 def test_forwarding_takes_a_part_of_the_blocks(num_sms: int | None, op: Any) -> None:
-    tunings = tuning.choose_all("none", 4, num_sms)
+    tunings = tuning.choose_all("none", 132, 4, num_sms)
     launcher = comm.Launcher(None, comm.Comm(), 8, 132, tunings, 2)  # type: ignore[arg-type]
     wire = WireFormat("mxfp4")
     blocks, send, on = (f(op, wire) for f in (launcher.blocks, launcher.send_blocks, launcher.forward_blocks))

@@ -162,26 +162,59 @@ def test_no_json(tmp_path: Path) -> None:
 def test_what_a_rank_takes(table_file: Path) -> None:
     few = dataclasses.replace(row(4), tuning=dataclasses.replace(DISPATCH, num_sms=64))
     table_file.write_text(tuning.render(tuning.merge(EMPTY, [few])))
-    taken = tuning.choose_all("A", 4, None)
+    taken = tuning.choose_all("A", 132, 4, None)
     assert set(taken) == {(op, wire) for op in tuning.OPS for wire in WIRE_KINDS}
     assert taken["dispatch", "mxfp4"] == few.tuning
     assert taken["dispatch", "fp8"] == DISPATCH
     assert taken["combine", "mxfp4"] == COMBINE
     # What the caller of Buffer asks for goes before the table.
-    assert {found.num_sms for found in tuning.choose_all("A", 4, 132).values()} == {132}
+    assert {found.num_sms for found in tuning.choose_all("A", 132, 4, 132).values()} == {132}
+
+
+@pytest.mark.parametrize(
+    ("pair", "of", "num_sms", "want"),
+    [
+        ((1, 1), None, 24, (4, 2)),  # more than four times as many would hold each other up
+        ((1, 1), None, 66, (2, 1)),
+        ((1, 1), None, 67, (1, 1)),
+        ((2, 2), None, 24, (8, 4)),
+        ((8, 2), None, 24, (16, 2)),
+        ((1, 1), 48, 24, (2, 1)),
+        ((1, 1), 24, 48, (1, 1)),
+        ((1, 1), None, 1000, (1, 1)),
+    ],
+)
+def test_fewer_sms_have_more_under_way(
+    pair: tuple[int, int], of: int | None, num_sms: int, want: tuple[int, int]
+) -> None:
+    usual = dataclasses.replace(DISPATCH, in_flight=pair[0], flags_together=pair[1], num_sms=of)
+    in_flight, flags_together = want
+    assert usual.on(num_sms, 132) == dataclasses.replace(
+        usual, in_flight=in_flight, flags_together=flags_together, num_sms=num_sms
+    )
+    assert usual.on(None, 132) is usual
+
+
+def test_fewer_sms_of_the_table_in_effect(table_file: Path) -> None:
+    table_file.write_text(tuning.render(EMPTY))
+    found = tuning.choose_all("A", 132, 4, 24)["dispatch", "mxfp4"]
+    assert found == DISPATCH.on(24, 132) != DISPATCH
+    # What is forced is taken as it is.
+    with tuning.force(in_flight=1, flags_together=1, num_sms=24):
+        assert tuning.choose_all("A", 132, 4, None)["dispatch", "mxfp4"].in_flight == 1
 
 
 def test_forcing(table_file: Path) -> None:
     table_file.write_text(tuning.render(EMPTY))
-    usual = tuning.choose_all("A", 4, None)
+    usual = tuning.choose_all("A", 132, 4, None)
     with tuning.force(in_flight=16, flags_together=8):
         with tuning.force(in_flight=8, decode_tokens=0, num_sms=3):
             want = Tuning(in_flight=8, flags_together=8, decode_tokens=0, num_sms=3)
-            assert set(tuning.choose_all("A", 4, None).values()) == {want}
-            assert {found.num_sms for found in tuning.choose_all("A", 4, 5).values()} == {5}
-        assert {found.in_flight for found in tuning.choose_all("A", 4, None).values()} == {16}
-        assert tuning.choose_all("A", 4, None)["combine", "bf16"].decode_tokens == 256
-    assert tuning.choose_all("A", 4, None) == usual
+            assert set(tuning.choose_all("A", 132, 4, None).values()) == {want}
+            assert {found.num_sms for found in tuning.choose_all("A", 132, 4, 5).values()} == {5}
+        assert {found.in_flight for found in tuning.choose_all("A", 132, 4, None).values()} == {16}
+        assert tuning.choose_all("A", 132, 4, None)["combine", "bf16"].decode_tokens == 256
+    assert tuning.choose_all("A", 132, 4, None) == usual
     with pytest.raises(ValueError, match="flags_together must divide"), tuning.force(flags_together=3):
-        tuning.choose_all("A", 4, None)
-    assert tuning.choose_all("A", 4, None) == usual
+        tuning.choose_all("A", 132, 4, None)
+    assert tuning.choose_all("A", 132, 4, None) == usual

@@ -37,9 +37,11 @@ _TILES = 3
 _TILE_ROWS, _TILE_LANE_ROWS = 128, 16
 _TILE_REGISTERS = 72
 _SENDERS = 2
+_LONG_SLOT = 8 * 1024
+"""Slots of such records keep the links busy by one sender; two hold up what else an SM writes."""
 _SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
-_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
-_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
+_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=0, stages=0)
+_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=0, stages=0)
 """Where elements must become floats."""
 
 
@@ -89,7 +91,7 @@ class DispatchRecvParams(ctypes.Structure):
         ("rows_per_expert", ctypes.c_int32),
         ("pads", ctypes.c_int32),
         ("num_rows", ctypes.c_int32),
-        ("sf_together", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
     )
 
 
@@ -111,7 +113,7 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int, tun
 
 def recv_spec(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int, places: bool = False) -> KernelSpec:
     """Build the spec of the receive kernel; one that `places` also gives the records their rows."""
-    teams = _recv_teams(recv_dtype, wire, hidden)
+    budget = _recv_budget(recv_dtype, wire)
     return _recv_spec(
         "dispatch_recv",
         recv_dtype,
@@ -119,8 +121,7 @@ def recv_spec(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int
         hidden,
         num_topk,
         places=int(places),
-        row_stage_bytes=recv_stage_bytes(recv_dtype, hidden),
-        **teams.constants(_recv_budget(recv_dtype, wire)),
+        **recv_teams(hidden, budget).constants(budget),
     )
 
 
@@ -163,13 +164,8 @@ def _by_tiles(wire: WireFormat) -> bool:
 @functools.cache
 def _send_teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     """Return the teams of a block of `dispatch_send`."""
-    return send_teams(hidden, RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk)), _SEND, _SENDERS)
-
-
-@functools.cache
-def _recv_teams(recv_dtype: WireKind, wire: WireFormat, hidden: int) -> Teams:
-    """Return the teams of a block of `dispatch_recv`."""
-    return recv_teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
+    slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
+    return send_teams(hidden, slot_bytes, _SEND, 1 if slot_bytes > _LONG_SLOT else _SENDERS)
 
 
 def stays_in_bits(recv_dtype: WireKind, wire: WireFormat) -> bool:
@@ -180,11 +176,6 @@ def stays_in_bits(recv_dtype: WireKind, wire: WireFormat) -> bool:
 
 def _recv_budget(recv_dtype: WireKind, wire: WireFormat) -> Budget:
     return _RECV if stays_in_bits(recv_dtype, wire) else _RECV_FLOATS
-
-
-def recv_stage_bytes(recv_dtype: WireKind, hidden: int) -> int:
-    """Return the shared memory that holds one converted row and its scales: what a record of its kind takes."""
-    return RecordLayout(recv_dtype, hidden).slot_bytes()
 
 
 class Routing(NamedTuple):
@@ -244,10 +235,12 @@ def launch_send(
     sharing = _send_teams(wire, hidden, launcher.num_topk)
     tuning = launcher.tuning("dispatch", wire)
     kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, launcher.num_topk, tuning)
-    blocks = launcher.send_blocks("dispatch", wire)
+    blocks, early = launcher.send_blocks("dispatch", wire), True
     if routing is not None and blocks == launcher.num_sms > 1:
         blocks -= 1  # for count, whose steps take twice as long on an SM that sends
-    kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, params, early=True)
+    elif routing is not None:
+        early = False  # beside route's blocks, its own would come to lie on other SMs than the receive's
+    kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, params, early=early)
 
 
 class Receive:
@@ -327,9 +320,9 @@ class Receive:
                 tensor that was allocated since, and that torch fills if it is to be deterministic, makes it wait.
         """
         wire, blocks = decoding(self._options.wire), self._launcher.blocks("dispatch", self._options.wire)
-        sharing = _recv_teams(self._options.recv_dtype, wire, self._hidden)
+        threads = recv_teams(self._hidden, _recv_budget(self._options.recv_dtype, wire)).threads
         rows, columns = self.load()
-        rows.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=early)
+        rows.launch(blocks, threads, 0, stream, self._params, early=early)
         if columns is not None:
             tiles, shared_bytes = (_TILES, _TILES * TILE_SHARED_BYTES) if _by_tiles(wire) else (1, 0)
             columns.launch(blocks, tiles * _COLUMNWISE_THREADS, shared_bytes, stream, self._params)
@@ -354,7 +347,6 @@ class Receive:
             sf_columnwise = torch.empty(num_rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
             params.x_columnwise, params.sf_columnwise = x_columnwise.data_ptr(), sf_columnwise.data_ptr()
         params.x, params.sf = x.data_ptr(), pointer(sf)
-        params.sf_together = int(sf is not None and sf.is_contiguous() and params.sf_group_stride <= 1)
         params.rows_per_expert = rows_per_expert
         params.pads = int(pads(self._options))
         params.num_rows = num_rows

@@ -83,7 +83,8 @@ class NvlinkTransport:
         self._sequence = 0
         self._guess: dict[str, int] = {}
         device = torch.cuda.get_device_properties(member.device)
-        tunings = self._tune(tuning.choose_all(device.name, member.num_ranks, num_sms))
+        chosen = tuning.choose_all(device.name, device.multi_processor_count, member.num_ranks, num_sms)
+        tunings = self._tune(chosen)
         self._layout = symmetric_layout(config, member.num_ranks, self._nodes_layout())
         with torch.cuda.device(member.device):
             self._memory = self._allocate(provider)
