@@ -93,7 +93,7 @@ __device__ __forceinline__ void fill_handle(const DispatchRecvParams& p, const P
     note_rest(comm, EveryBlock<Clerks>(), tables);
     if (p.pads || tables.layout == kTokenMajor) return;
     constexpr int kWarps = kCounters - kTeams;
-    pad_rows(p, tables, false, blockIdx.x + gridDim.x * (clerks.thread() / 32), gridDim.x * kWarps);
+    pad_rows(p, tables, nullptr, blockIdx.x + gridDim.x * (clerks.thread() / 32), gridDim.x * kWarps);
 }
 
 // Counts what comes into tables of this block, tells the teams of its records and fills the handle. Call from
@@ -137,8 +137,8 @@ __device__ __forceinline__ void prefetch_inputs(const DispatchSendParams& p) {
 }
 
 // Any grid whose blocks are on the GPU at the same time; kWorkers warps, then kCounters, then kSenders.
-// Dynamic shared memory, 128-byte aligned: kStages stages of records; then tables of counts; then the bitmaps
-// of routing. The workers encode the block's tokens while the others route them,
+// Dynamic shared memory, 128-byte aligned: kStages stages of records, kTeams * kStages of rows; then tables
+// of counts; then the bitmaps of routing. The workers encode the block's tokens while the others route them,
 // and convert records while those send, count and tell. Every block looks at all tokens of the rank; what the
 // peers are told of them is told by the first. Counts the call in state->epoch.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
@@ -147,7 +147,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     __shared__ Decode decode;
     const Comm& comm = p.send.comm;
     const uint32_t epoch = next_call(comm);
-    int32_t* counts = reinterpret_cast<int32_t*>(shared + kStages * kSlotBytes);
+    uint8_t* rows = shared + kStages * kSlotBytes;
+    int32_t* counts = reinterpret_cast<int32_t*>(rows + kTeams * kStages * kStageBytes);
     uint32_t* bits = reinterpret_cast<uint32_t*>(counts) + p.count_words;
     const int warp = threadIdx.x / 32;
     const bool dead = timed_out(comm);
@@ -160,8 +161,11 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     if (warp < kWorkers) {
         Shares shares;
         encoder.encode(decode.outbox, shares, shared);
-        convert_records(p.recv, decode.inbox, &decode.overflows);
-        if (decode.counted && p.recv.pads) write_padding(p.recv, decode.tables);
+        convert_records(p.recv, decode.inbox, rows, &decode.overflows);
+        if (decode.counted && p.recv.pads) {
+            Team().sync();
+            write_padding(p.recv, decode.tables, rows);
+        }
     } else {
         const Routers routers;
         const RouteMap map = {comm, bits, bitmap_words(p), 0};

@@ -18,7 +18,7 @@ struct DispatchRecvParams {
     int32_t rows_per_expert;  // 0 unless "batched"
     int32_t pads;             // whether rows of a group that hold no record are zeroed
     int32_t num_rows;         // rows of x; what belongs past them is left out
-    int32_t padding;
+    int32_t sf_together;      // whether a row's scales are adjacent and start at a multiple of 16 bytes
 };
 
 static_assert(sizeof(DispatchRecvParams) == QCOMM_SIZEOF_DISPATCH_RECV,
@@ -55,17 +55,14 @@ __device__ __forceinline__ LaneVec convert(LaneVec& w, const Quantizer& quantize
     }
 }
 
-// Where a row's scales begin, of fp8, in elements.
-__device__ __forceinline__ int64_t scale_offset(const DispatchRecvParams& p, int row) {
-    const int64_t expert = p.rows_per_expert > 0 ? row / p.rows_per_expert : 0;
-    const int64_t index = p.rows_per_expert > 0 ? row % p.rows_per_expert : row;
-    return expert * p.sf_expert_stride + index * p.sf_row_stride;
-}
-
 // Where word `word` of a row's scales goes.
 __device__ __forceinline__ uint32_t* scale_word(const DispatchRecvParams& p, int row, int word) {
     int64_t offset = static_cast<int64_t>(row) * kRowScaleWords + word;
-    if constexpr (kRecv == kRecvFp8) offset = scale_offset(p, row) + word * p.sf_group_stride;
+    if constexpr (kRecv == kRecvFp8) {
+        const int64_t expert = p.rows_per_expert > 0 ? row / p.rows_per_expert : 0;
+        const int64_t index = p.rows_per_expert > 0 ? row % p.rows_per_expert : row;
+        offset = expert * p.sf_expert_stride + index * p.sf_row_stride + word * p.sf_group_stride;
+    }
     return reinterpret_cast<uint32_t*>(p.sf) + offset;
 }
 

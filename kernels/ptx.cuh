@@ -107,16 +107,6 @@ __device__ __forceinline__ uint32_t load_once(const uint8_t* p) {
     return v;
 }
 
-// Stores that L2 may evict first.
-__device__ __forceinline__ void store_stream(uint4* p, const uint4& v) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_stream(uint2* p, const uint2& v) {
-    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
-}
-
 __device__ __forceinline__ float load_once(const float* p) {
     float v;
     asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
@@ -195,6 +185,20 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, uin
                  : "memory");
 }
 
+// For what is not read again soon: L2 gives it up first.
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void bulk_store_stream(void* global, const void* shared, uint32_t num_bytes) {
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
+        "r"(shared_address(shared)), "r"(num_bytes), "l"(evict_first())
+        : "memory");
+}
+
 // Has a line brought to L2 that will be read.
 __device__ __forceinline__ void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -265,13 +269,6 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
             shared_address(shared)),
         "l"(global), "r"(num_bytes), "r"(shared_address(barrier))
         : "memory");
-}
-
-// For what is not read again soon: L2 gives it up first.
-__device__ __forceinline__ uint64_t evict_first() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
 }
 
 // The same for what is not read again soon.

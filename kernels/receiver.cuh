@@ -3,46 +3,82 @@
 #pragma once
 
 #include "dispatch_recv.cuh"
-#include "pairs.cuh"
 #include "signals.cuh"
 #include "team.cuh"
 
+// A converted row: data, then scales; in whole lines, amid which bulk copies are slow to begin.
+constexpr int kStageBytes = (kRowBytes + 4 * kRowScaleWords + 127) / 128 * 128;
+static_assert(kStageBytes == QCOMM_ROW_STAGE_BYTES, "qcomm/ops/dispatch.py computes the same");
 constexpr bool kPlaces = QCOMM_PLACES;              // whether records are given their rows here, or have them
 constexpr int kBatch = kVecsPerThread < 2 ? 1 : 2;  // vectors that are loaded together
 
-// Writes a row of zeros, under the smallest scale. Call from one warp.
-__device__ __forceinline__ void write_zeros(const DispatchRecvParams& p, int row) {
+// Writes a staged row into row my_row of every lane that has one; returns with the copies under way.
+__device__ __forceinline__ void write_rows(const DispatchRecvParams& p, const uint8_t* stage, int my_row) {
     const int lane = threadIdx.x % 32;
-    uint4* const x = reinterpret_cast<uint4*>(p.x + static_cast<int64_t>(row) * kRowBytes);
-    for (int i = lane; i < kRowBytes / 16; i += 32)
-        store_stream(x + i, make_uint4(0, 0, 0, 0));
-    const float scale = kRecv == kRecvFp8 ? pow2(kMinScaleExponent) : 0.0f;
-    for (int word = lane; word < kRowScaleWords; word += 32)
-        *scale_word(p, row, word) = __float_as_uint(scale);
-}
-
-// One warp of num_warps notes which rows are padding, and `zeroes` them or not: few at a time, so that every
-// SM has as many to write.
-__device__ __forceinline__ void pad_rows(const DispatchRecvParams& p, const Placement& placement, bool zeroes,
-                                         int warp, int num_warps) {
-    const int most = p.rows_per_expert > 0 ? p.rows_per_expert : placement.alignment - 1;
-    const int piece = zeroes ? 4 : 32, pieces = (most + piece - 1) / piece, lane = threadIdx.x % 32;
-    for (int i = warp; i < pieces * p.comm.num_local_experts; i += num_warps) {
-        const int expert = i / pieces, end = placement.group_offsets[expert + 1];
-        const int first = placement.group_offsets[expert] + placement.num_tokens_per_expert[expert] +
-                          i % pieces * piece;
-        if (kPlaces && lane < piece && first + lane < end) note_padding(placement, first + lane);
-        if (!zeroes) continue;
-        for (int row = first; row < min(min(first + piece, end), p.num_rows); ++row)
-            write_zeros(p, row);
+    const uint8_t* scales = stage + kRowBytes;
+    if (my_row >= 0) bulk_store_stream(p.x + static_cast<int64_t>(my_row) * kRowBytes, stage, kRowBytes);
+    const bool together = kRowScaleWords % 4 == 0 && p.sf_together;
+    if (kRowScaleWords > 0 && together && my_row >= 0) {
+        bulk_store(scale_word(p, my_row, 0), scales, 4 * kRowScaleWords);
+    }
+    bulk_commit();
+    if (kRowScaleWords > 0 && !together) {
+        for (uint32_t left = __ballot_sync(kAllLanes, my_row >= 0); left != 0; left &= left - 1) {
+            const int row = __shfl_sync(kAllLanes, my_row, __ffs(left) - 1);
+            for (int word = lane; word < kRowScaleWords; word += 32)
+                *scale_word(p, row, word) = reinterpret_cast<const uint32_t*>(scales)[word];
+        }
     }
 }
 
-// Writes this warp's share of the padding rows, and notes that they are padding. Call from whole teams.
-__device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const Placement& placement) {
+// One warp of num_warps notes which rows are padding, and copies a stage to them, if any: of those few at a
+// time, so that every SM has as many to write.
+__device__ __forceinline__ void pad_rows(const DispatchRecvParams& p, const Placement& placement,
+                                         const uint8_t* stage, int warp, int num_warps) {
+    const int most = p.rows_per_expert > 0 ? p.rows_per_expert : placement.alignment - 1;
+    const int piece = stage == nullptr ? 32 : 4, pieces = (most + piece - 1) / piece, lane = threadIdx.x % 32;
+    for (int i = warp; i < pieces * p.comm.num_local_experts; i += num_warps) {
+        const int expert = i / pieces, end = placement.group_offsets[expert + 1];
+        int row = placement.group_offsets[expert] + placement.num_tokens_per_expert[expert] +
+                  i % pieces * piece + lane;
+        if (lane >= piece || row >= end) row = -1;
+        if (kPlaces && row >= 0) note_padding(placement, row);
+        if (stage != nullptr) write_rows(p, stage, row < p.num_rows ? row : -1);
+    }
+}
+
+// Zeroes this team's share of the padding rows, all from one stage, and notes that they are padding. Call
+// from whole teams, whose stages are free before and after.
+__device__ __forceinline__ void write_padding(const DispatchRecvParams& p, const Placement& placement,
+                                              uint8_t* shared) {
     if (placement.layout == kTokenMajor) return;
     const Team team;
-    pad_rows(p, placement, p.pads, team.index + team.count * (team.thread / 32), team.count * kTeamWarps);
+    const int warp = team.index + team.count * (team.thread / 32), num_warps = team.count * kTeamWarps;
+    if (!p.pads) return pad_rows(p, placement, nullptr, warp, num_warps);
+    const Ring<kStageBytes> ring(team, shared);
+    uint8_t* stage = ring.stage();
+    for (int i = team.thread; i < kRowBytes / 16; i += kTeamThreads)
+        reinterpret_cast<uint4*>(stage)[i] = make_uint4(0, 0, 0, 0);
+    for (int word = team.thread; word < kRowScaleWords; word += kTeamThreads) {
+        const float scale = kRecv == kRecvFp8 ? pow2(kMinScaleExponent) : 0.0f;
+        reinterpret_cast<float*>(stage + kRowBytes)[word] = scale;
+    }
+    ring.written(team);
+    pad_rows(p, placement, stage, warp, num_warps);
+    bulk_wait_read<0>();
+    team.sync();
+}
+
+// Writes one lane's part of a converted row into a stage.
+__device__ __forceinline__ void write_part(uint8_t* stage, int vec, const LaneVec& out) {
+    if (vec >= kNumVecs) return;
+    write_data<static_cast<WireKind>(kRecv)>(stage, vec, out);
+    if (kRecv == kRecvFp8 && vec % kVecsPerGroup == 0) {
+        reinterpret_cast<float*>(stage + kRowBytes)[vec / kVecsPerGroup] = out.scale;
+    }
+    if (kRecv == kRecvMxfp4 && vec % kVecsPerBlock == 0) {
+        stage[kRowBytes + vec / kVecsPerBlock] = static_cast<uint8_t>(out.sf);
+    }
 }
 
 // What the telling warp of each team tells it, in shared memory.
@@ -51,8 +87,7 @@ struct Inbox {
 
     struct Item {
         int32_t index;           // slot of the record, -1 after the last
-        int32_t rows[kNumTopk];    // of x, -1 for none
-        int64_t scales[kNumTopk];  // where theirs begin, in elements; of fp8 only
+        int32_t rows[kNumTopk];  // of x, -1 for none
     };
 
     Item items[kTeams][kDepth];
@@ -147,10 +182,7 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const 
                 if (following >= 0) next_row = rows(following);
             }
             has_next = following >= 0;
-            if (lane < kNumTopk) {
-                item.rows[lane] = row < p.num_rows ? row : -1;
-                if (kRecv == kRecvFp8) item.scales[lane] = scale_offset(p, row);
-            }
+            if (lane < kNumTopk) item.rows[lane] = row < p.num_rows ? row : -1;
             inbox.placed[team].arrive(n);
             if (kPlaces) note_record(placement, entry, source, record, row);
         }
@@ -158,78 +190,13 @@ __device__ __forceinline__ void tell_records(const DispatchRecvParams& p, const 
     tell_end(inbox, team, n);
 }
 
-// This lane's vector i of a record; those of a warp are adjacent.
-__device__ __forceinline__ int vec_of(const Team& team, int i) {
-    return (team.thread / 32 * kVecsPerThread + i) * 32 + threadIdx.x % 32;
-}
-
-// Reads one lane's part; of bf16 that is received as it is, the pieces that exchange_halves would give it.
-__device__ __forceinline__ LaneVec read_part(const uint8_t* record, int vec) {
-    if constexpr (kWire != kBf16) return read_record(record, vec);
-    LaneVec w = {};
-    if (vec < kNumVecs) {
-        const uint4* data = reinterpret_cast<const uint4*>(record) + pair_offset(vec);
-        unpack(load_stream(data), w.words);
-        unpack(load_stream(data + 2), w.words + 4);
-    }
-    if constexpr (kRecv != kRecvBf16) exchange_halves(w.words);
-    return w;
-}
-
-// Writes one lane's part of a row's data; of bf16, the pieces that exchange_halves gave it.
-__device__ __forceinline__ void write_part(const DispatchRecvParams& p, int row, int vec, const LaneVec& w) {
-    if (vec >= kNumVecs) return;
-    uint8_t* const x = p.x + static_cast<int64_t>(row) * kRowBytes;
-    if constexpr (kRecv == kRecvBf16) {
-        uint4* const data = reinterpret_cast<uint4*>(x) + pair_offset(vec);
-        store_stream(data, pack4(w.words));
-        store_stream(data + 2, pack4(w.words + 4));
-    } else if constexpr (kRecv == kRecvFp8) {
-        store_stream(reinterpret_cast<uint4*>(x) + vec, pack4(w.words));
-    } else {
-        store_stream(reinterpret_cast<uint2*>(x) + vec, make_uint2(w.words[0], w.words[1]));
-    }
-}
-
-// The scales of a batch of a warp's vectors, of which a lane writes one: whole sectors of the usual layout.
-class ScaleWriter {
-  public:
-    // `first` is this lane's first vector of the batch.
-    __device__ __forceinline__ explicit ScaleWriter(const LaneVec (&parts)[kBatch], int first)
-        : number_(first / 32 * kOfVec + static_cast<int>(threadIdx.x % 32)) {
-        const int lane = threadIdx.x % 32;
-        writes_ = kRecv != kRecvBf16 && lane < kBatch * kOfVec && number_ < kNumVecs / kLanes;
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-            const uint32_t mine = kRecv == kRecvFp8 ? __float_as_uint(parts[j].scale) : parts[j].sf;
-            const uint32_t its = __shfl_sync(kAllLanes, mine, lane % kOfVec * kLanes);
-            if (lane / kOfVec == j) scale_ = its;
-        }
-    }
-
-    __device__ __forceinline__ void write(const DispatchRecvParams& p, int row, int64_t offset) const {
-        if (!writes_) return;
-        if constexpr (kRecv == kRecvFp8)
-            reinterpret_cast<uint32_t*>(p.sf)[offset + number_ * p.sf_group_stride] = scale_;
-        if constexpr (kRecv == kRecvMxfp4)
-            p.sf[static_cast<int64_t>(row) * (4 * kRowScaleWords) + number_] = static_cast<uint8_t>(scale_);
-    }
-
-  private:
-    static constexpr int kLanes = kRecv == kRecvFp8 ? kVecsPerGroup : kVecsPerBlock;  // that share a scale
-    static constexpr int kOfVec = 32 / kLanes;  // of a warp's vector
-
-    const int number_;
-    bool writes_;
-    uint32_t scale_ = 0;
-};
-
-// A team's warps, each on its own part: convert each record that they are told of, and write it to each of
-// its rows; add their overflows to `total`. Plain stores: bulk copies to rows wait in line behind those to
-// peers, and an SM copies 37 bytes a nanosecond at most.
-__device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inbox& inbox, uint64_t* total) {
+// A team's warps: convert each record that they are told of into a stage, and copy the stage to each of its
+// rows; add their overflows to `total`.
+__device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inbox& inbox, uint8_t* shared,
+                                                uint64_t* total) {
     const Team team;
     const int lane = threadIdx.x % 32;
+    Ring<kStageBytes> ring(team, shared);
     const uint8_t* records = region<uint8_t>(p.comm, p.comm.rank, p.comm.dispatch_records);
     uint32_t overflows = 0;
     for (uint32_t n = 0;; ++n) {
@@ -237,35 +204,34 @@ __device__ __forceinline__ void convert_records(const DispatchRecvParams& p, Inb
         const Inbox::Item& item = inbox.items[team.number][n % Inbox::kDepth];
         if (item.index < 0) break;
         const uint8_t* bytes = records + static_cast<int64_t>(item.index) * kSlotBytes;
-        uint32_t rows = 0, record_overflows = 0;
+        uint8_t* stage = ring.stage();
+        uint32_t record_overflows = 0;
 #pragma unroll 1
         for (int i = 0; i < kVecsPerThread; i += kBatch) {
             LaneVec parts[kBatch];
-            const int first = vec_of(team, i);
 #pragma unroll
             for (int j = 0; j < kBatch; ++j)
-                parts[j] = read_part(bytes, first + 32 * j);
-            if (i == 0) {
-                inbox.placed[team.number].wait(n);
-                rows = __ballot_sync(kAllLanes, lane < kNumTopk && item.rows[lane % kNumTopk] >= 0);
-            }
+                parts[j] = read_record(bytes, team.vec(i + j));
 #pragma unroll
-            for (int j = 0; j < kBatch; ++j) {
-                parts[j] = convert(parts[j], p.quantizer, record_overflows);
-                if constexpr (kRecv == kRecvBf16 && kWire != kBf16) exchange_halves(parts[j].words);
-            }
-            const ScaleWriter scales(parts, first);
-#pragma unroll 1
-            for (uint32_t left = rows; left != 0; left &= left - 1) {
-                const int k = __ffs(left) - 1, row = item.rows[k];
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j)
-                    write_part(p, row, first + 32 * j, parts[j]);
-                scales.write(p, row, item.scales[k]);
-            }
+            for (int j = 0; j < kBatch; ++j)
+                write_part(stage, team.vec(i + j), convert(parts[j], p.quantizer, record_overflows));
         }
+        ring.written(team);
+        const bool overflowed = __any_sync(kAllLanes, record_overflows != 0);
+        int row = -1;
+        if (team.is_first_warp() || overflowed) {
+            inbox.placed[team.number].wait(n);
+            if (lane < kNumTopk) row = item.rows[lane];
+        }
+        if (overflowed) overflows += record_overflows * __popc(__ballot_sync(kAllLanes, row >= 0));
         inbox.taken[team.number].arrive(n);
-        overflows += record_overflows * __popc(rows);
+        if (team.is_first_warp()) {
+            write_rows(p, stage, row);
+            bulk_wait_read<kPending>();
+        }
+        ring.next(team);
     }
+    // What is under way is written when the kernel ends.
+    bulk_wait_read<0>();
     add_overflows(total, overflows);
 }

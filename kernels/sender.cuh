@@ -7,7 +7,6 @@
 #include "team.cuh"
 
 constexpr int kWorkers = kTeams * kTeamWarps;
-constexpr int kStages = QCOMM_STAGES;  // for records, in shared memory
 constexpr int kSenders = QCOMM_SENDERS;
 static_assert(kSlotBytes >= kRecordBytes + kMetadataBytes, "qcomm/records.py computes the same");
 // So that a stage has one sender, which has sent the record before when it waits for the next.

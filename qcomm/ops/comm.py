@@ -20,8 +20,10 @@ MAX_BLOCK_SHARED_BYTES = 227 * 1024
 RESERVED_SHARED_BYTES = 1024
 """What a block costs of an SM's besides its own."""
 MAX_HIDDEN = 40960
-"""Two senders that stage a record of this length each fit an SM."""
+"""A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
 _WARP_ELEMENTS = 512
+_MAX_TEAMS = 15
+"""Named barriers of a block, less the one of the whole block."""
 ONE_NODE = {"nodes": 0, "ranks_per_node": 0, "forwards": 0, "nvshmem": 0, "debug": 0}
 """Constants of a kernel whose ranks all reach each other by NVLink; see kernels/layout.cuh and nodes.cuh."""
 PHASES = ("barrier", "route", "dispatch", "combine")
@@ -223,10 +225,11 @@ class Teams:
     A warp holds 512 elements of a record at a time.
 
     Attributes:
-        stages: records staged; a receiver stages none.
+        stages: records staged, of one ring.
         chunks: pieces of rows that a warp loads ahead, of the block.
         senders: warps that send records.
         helpers: warps besides the teams', which load, send or tell of records.
+        rings: of stages.
     """
 
     warps: int
@@ -236,6 +239,7 @@ class Teams:
     chunks: int
     senders: int
     helpers: int
+    rings: int
 
     @property
     def threads(self) -> int:
@@ -250,7 +254,7 @@ class Teams:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return self.stages * self.stage_bytes + self.chunks * self.chunk_bytes
+        return self.rings * self.stages * self.stage_bytes + self.chunks * self.chunk_bytes
 
     def constants(self, budget: Budget) -> dict[str, int]:
         """Return the constants that the kernel sees."""
@@ -262,11 +266,16 @@ class Teams:
         }
 
 
-def recv_teams(hidden: int, budget: Budget) -> Teams:
-    """Divide a receiving block's warps into teams with a warp more each."""
+def recv_teams(hidden: int, stage_bytes: int, budget: Budget) -> Teams:
+    """Divide a receiving block's warps into teams with a warp more each, as many as there is room for.
+
+    Each team has stages of its own.
+    """
     warps = _team_warps(hidden, budget)
-    count = budget.warps // (warps + 1)
-    return Teams(warps, count, stages=0, stage_bytes=0, chunks=0, senders=0, helpers=count)
+    most = min(_MAX_TEAMS, budget.warps // (warps + 1))
+    count = max(1, min(most, budget.shared_bytes // (min(2, budget.stages) * stage_bytes)))
+    stages = max(1, min(budget.stages, budget.shared_bytes // (count * stage_bytes)))
+    return Teams(warps, count, stages, stage_bytes, chunks=0, senders=0, helpers=count, rings=count)
 
 
 def send_teams(hidden: int, stage_bytes: int, budget: Budget, senders: int, max_chunks: int = 0) -> Teams:
@@ -282,7 +291,7 @@ def send_teams(hidden: int, stage_bytes: int, budget: Budget, senders: int, max_
     senders = min(senders, stages)
     stages -= stages % senders
     count = max(1, min(stages // (1 if loads else senders), budget.warps // warps))
-    shape = Teams(warps, count, stages, stage_bytes, chunks=0, senders=senders, helpers=senders + loads)
+    shape = Teams(warps, count, stages, stage_bytes, chunks=0, senders=senders, helpers=senders + loads, rings=1)
     # One stage there is, however long, and then no room is left.
     chunks = min(max_chunks, max(0, budget.shared_bytes - shape.shared_bytes) // shape.chunk_bytes)
     return dataclasses.replace(shape, chunks=chunks)

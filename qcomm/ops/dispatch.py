@@ -40,8 +40,8 @@ _SENDERS = 2
 _LONG_SLOT = 8 * 1024
 """Slots of such records keep the links busy by one sender; two hold up what else an SM writes."""
 _SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
-_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=0, stages=0)
-_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=0, stages=0)
+_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
+_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
 """Where elements must become floats."""
 
 
@@ -91,7 +91,7 @@ class DispatchRecvParams(ctypes.Structure):
         ("rows_per_expert", ctypes.c_int32),
         ("pads", ctypes.c_int32),
         ("num_rows", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
+        ("sf_together", ctypes.c_int32),
     )
 
 
@@ -113,7 +113,7 @@ def send_spec(input_kind: str, wire: WireFormat, hidden: int, num_topk: int, tun
 
 def recv_spec(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int, places: bool = False) -> KernelSpec:
     """Build the spec of the receive kernel; one that `places` also gives the records their rows."""
-    budget = _recv_budget(recv_dtype, wire)
+    teams = _recv_teams(recv_dtype, wire, hidden)
     return _recv_spec(
         "dispatch_recv",
         recv_dtype,
@@ -121,7 +121,8 @@ def recv_spec(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int
         hidden,
         num_topk,
         places=int(places),
-        **recv_teams(hidden, budget).constants(budget),
+        row_stage_bytes=recv_stage_bytes(recv_dtype, hidden),
+        **teams.constants(_recv_budget(recv_dtype, wire)),
     )
 
 
@@ -168,6 +169,12 @@ def _send_teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
     return send_teams(hidden, slot_bytes, _SEND, 1 if slot_bytes > _LONG_SLOT else _SENDERS)
 
 
+@functools.cache
+def _recv_teams(recv_dtype: WireKind, wire: WireFormat, hidden: int) -> Teams:
+    """Return the teams of a block of `dispatch_recv`."""
+    return recv_teams(hidden, recv_stage_bytes(recv_dtype, hidden), _recv_budget(recv_dtype, wire))
+
+
 def stays_in_bits(recv_dtype: WireKind, wire: WireFormat) -> bool:
     """Tell whether a receiver needs no floats, which take registers."""
     aligns = wire.kind == "mxfp4" and recv_dtype == "fp8" and not wire.hadamard
@@ -176,6 +183,11 @@ def stays_in_bits(recv_dtype: WireKind, wire: WireFormat) -> bool:
 
 def _recv_budget(recv_dtype: WireKind, wire: WireFormat) -> Budget:
     return _RECV if stays_in_bits(recv_dtype, wire) else _RECV_FLOATS
+
+
+def recv_stage_bytes(recv_dtype: WireKind, hidden: int) -> int:
+    """Return the shared memory that holds one converted row and its scales: what a record of its kind takes."""
+    return RecordLayout(recv_dtype, hidden).slot_bytes()
 
 
 class Routing(NamedTuple):
@@ -320,9 +332,9 @@ class Receive:
                 tensor that was allocated since, and that torch fills if it is to be deterministic, makes it wait.
         """
         wire, blocks = decoding(self._options.wire), self._launcher.blocks("dispatch", self._options.wire)
-        threads = recv_teams(self._hidden, _recv_budget(self._options.recv_dtype, wire)).threads
+        sharing = _recv_teams(self._options.recv_dtype, wire, self._hidden)
         rows, columns = self.load()
-        rows.launch(blocks, threads, 0, stream, self._params, early=early)
+        rows.launch(blocks, sharing.threads, sharing.shared_bytes, stream, self._params, early=early)
         if columns is not None:
             tiles, shared_bytes = (_TILES, _TILES * TILE_SHARED_BYTES) if _by_tiles(wire) else (1, 0)
             columns.launch(blocks, tiles * _COLUMNWISE_THREADS, shared_bytes, stream, self._params)
@@ -347,6 +359,7 @@ class Receive:
             sf_columnwise = torch.empty(num_rows // FP8_GROUP_SIZE, hidden, dtype=torch.float32, device=device)
             params.x_columnwise, params.sf_columnwise = x_columnwise.data_ptr(), sf_columnwise.data_ptr()
         params.x, params.sf = x.data_ptr(), pointer(sf)
+        params.sf_together = int(sf is not None and sf.is_contiguous() and params.sf_group_stride <= 1)
         params.rows_per_expert = rows_per_expert
         params.pads = int(pads(self._options))
         params.num_rows = num_rows

@@ -26,6 +26,7 @@ from qcomm.ops.dispatch import (
     DispatchRecvParams,
     DispatchSendParams,
     Routing,
+    recv_stage_bytes,
     send_params,
     stays_in_bits,
 )
@@ -62,7 +63,7 @@ def dispatch_decode_spec(
     tuning: Tuning,
 ) -> KernelSpec:
     """Build the spec of `dispatch_decode`."""
-    sharing = _teams(wire, hidden, num_topk)
+    sharing = _teams(recv_dtype, wire, hidden, num_topk)
     return spec(
         "dispatch_decode",
         "dispatch_decode",
@@ -71,6 +72,7 @@ def dispatch_decode_spec(
         places=1,
         num_topk=num_topk,
         index_bytes=index_bytes,
+        row_stage_bytes=recv_stage_bytes(recv_dtype, hidden),
         sizeof_dispatch_send=ctypes.sizeof(DispatchSendParams),
         sizeof_dispatch_recv=ctypes.sizeof(DispatchRecvParams),
         sizeof_dispatch_decode=ctypes.sizeof(DispatchDecodeParams),
@@ -91,7 +93,7 @@ def suits(launcher: Launcher, options: DispatchOptions, num_tokens: int, hidden:
     few = launcher.tuning("dispatch", options.wire).is_few(num_tokens)
     if not few or not options.static or options.columnwise or not stays_in_bits(options.recv_dtype, options.wire):
         return False
-    sharing = _teams(WireFormat(options.wire.kind), hidden, launcher.num_topk)
+    sharing = _teams(options.recv_dtype, WireFormat(options.wire.kind), hidden, launcher.num_topk)
     taken = sharing.shared_bytes + table_bytes(launcher, num_tokens) + _STATIC_SHARED_BYTES + RESERVED_SHARED_BYTES
     return 2 * taken <= MAX_BLOCK_SHARED_BYTES
 
@@ -111,7 +113,7 @@ def launch_decode(
     send, kind = send_params(launcher, x, parts, routing, options.wire, options.seed)
     params = DispatchDecodeParams(send, recv, _count_words(launcher))
     wire = encoding(options.wire, kind)
-    sharing = _teams(wire, hidden, num_topk)
+    sharing = _teams(options.recv_dtype, wire, hidden, num_topk)
     kernel = launcher.kernels.get(
         dispatch_decode_spec,
         kind,
@@ -138,8 +140,10 @@ def _count_words(launcher: Launcher) -> int:
 
 
 @functools.cache
-def _teams(wire: WireFormat, hidden: int, num_topk: int) -> Teams:
-    """Return the teams of a block, at most one for each sender."""
+def _teams(recv_dtype: WireKind, wire: WireFormat, hidden: int, num_topk: int) -> Teams:
+    """Return the teams of a block, one for each sender where there is room; a stage holds a record and their rows."""
     slot_bytes = RecordLayout(wire.kind, hidden).slot_bytes(MetadataLayout(num_topk))
-    shape = send_teams(hidden, slot_bytes, _BUDGET, _SENDERS)
-    return dataclasses.replace(shape, count=min(shape.count, _SENDERS), helpers=shape.helpers + _COUNTERS)
+    row_bytes = recv_stage_bytes(recv_dtype, hidden)
+    teams = _SENDERS if 2 * (slot_bytes + _SENDERS * row_bytes) <= _BUDGET.shared_bytes else 1
+    shape = send_teams(hidden, slot_bytes + teams * row_bytes, _BUDGET, _SENDERS)
+    return dataclasses.replace(shape, count=teams, helpers=shape.helpers + _COUNTERS)
