@@ -203,9 +203,9 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
         assert handle.forward is None
         return
     assert names == [
-        *("route", "dispatch_forward", "dispatch_send", "count", "dispatch_recv"),
-        *("barrier", "dispatch_forward", "dispatch_send", "dispatch_recv"),
-        *("barrier", "combine_forward", "combine_send", "combine_recv"),
+        *("route", "dispatch_send", "dispatch_forward", "count", "dispatch_recv"),
+        *("barrier", "dispatch_send", "dispatch_forward", "dispatch_recv"),
+        *("barrier", "combine_send", "combine_forward", "combine_recv"),
     ]
     first = {launch.kernel: launch for launch in cuda.launches[:5]}
     # Sending, forwarding and receiving run beside each other, behind the routing; sending begins with it.
@@ -213,7 +213,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, decode_tokens: int) -> None:
         assert first["route"].number in first[name].after
     for name in ("dispatch_send", "dispatch_forward"):
         assert first[name].number not in first["dispatch_recv"].after
-    assert first["dispatch_forward"].number not in first["dispatch_send"].after
+    assert first["dispatch_send"].number not in first["dispatch_forward"].after
     # The next call waits for all of them.
     assert {launch.number for launch in cuda.launches[:5]} <= cuda.launches[5].after
     assert handle.forward is not None

@@ -94,11 +94,13 @@ class NvshmemTransport(NvlinkTransport):
     def _send(
         self, call: Call, x: WireInput, parts: Addresses, routing: Routing | None, wire: WireFormat, seed: int
     ) -> None:
-        if self._forwards:
-            with call.beside(self._forward_stream) as stream:
-                hidden, replays = self._config.hidden, routing is None
-                forward.launch_dispatch_forward(self._launcher, stream, parts, wire, hidden, replays=replays)
-        super()._send(call, x, parts, routing, wire, seed)
+        if not self._forwards:
+            return super()._send(call, x, parts, routing, wire, seed)
+        # Both behind what routes. The send first: a kernel of NVSHMEM is not loaded while one that waits for peers runs.
+        with call.beside(self._forward_stream) as stream:
+            super()._send(call, x, parts, routing, wire, seed)
+            hidden, replays = self._config.hidden, routing is None
+            forward.launch_dispatch_forward(self._launcher, stream, parts, wire, hidden, replays=replays)
 
     def _send_sums(
         self,
@@ -108,11 +110,12 @@ class NvshmemTransport(NvlinkTransport):
         handle: DispatchHandle,
         options: CombineOptions,
     ) -> None:
-        if self._forwards:
-            with call.beside(self._forward_stream) as stream:
-                hidden, has_values = self._config.hidden, row_values is not None
-                forward.launch_combine_forward(self._launcher, stream, handle, options, hidden, has_values=has_values)
-        super()._send_sums(call, y, row_values, handle, options)
+        if not self._forwards:
+            return super()._send_sums(call, y, row_values, handle, options)
+        with call.beside(self._forward_stream) as stream:
+            super()._send_sums(call, y, row_values, handle, options)
+            hidden, has_values = self._config.hidden, row_values is not None
+            forward.launch_combine_forward(self._launcher, stream, handle, options, hidden, has_values=has_values)
 
 
 def forwards(topology: Topology, num_max_tokens_per_rank: int, decode_tokens: int) -> bool:
