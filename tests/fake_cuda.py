@@ -137,7 +137,7 @@ class FakeCuda:
             self.launches.append(Launch(name, on, number, on.before - on.running, early))
             on.before |= {number}
             # What a sender lets begin begins behind what routed; what count lets begin, beside the sender too.
-            on.running = {number} | (on.running if name == "count" else frozenset())
+            on.running = frozenset({number}) | (on.running if name == "count" else frozenset())
 
         return SimpleNamespace(launch=launch)
 
