@@ -3,8 +3,8 @@
 #include "receiver.cuh"
 
 // Any grid; whole teams, then a warp for each that tells it of its records. Dynamic shared memory: kStages
-// stages a team, 128-byte aligned. It may begin when the kernel before lets it: count, where records are given
-// their rows and the handle is filled; else the sender.
+// stages a team, 128-byte aligned. It may begin when the kernel before lets it: count, where records are
+// given their rows and the handle is filled; else the sender.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_recv(const __grid_constant__ DispatchRecvParams p) {
     extern __shared__ __align__(128) uint8_t shared[];

@@ -80,8 +80,8 @@ __device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag
     return true;
 }
 
-// Waits until some of the flags of a warp's lanes, those with one, have come, and returns which, none past the
-// deadline; then what their peers wrote before is visible.
+// Waits until some of the flags of a warp's lanes, those with one, have come, and returns which, none past
+// the deadline; then what their peers wrote before is visible.
 __device__ __forceinline__ uint32_t wait_any_flag(const Comm& comm, bool has_flag, const uint32_t* flag,
                                                   uint32_t epoch, int peer, Phase phase) {
     const uint64_t start = global_timer_ns();
