@@ -2,7 +2,8 @@
 //
 // Grid 1, block at least num_ranks threads. Raises this rank's flag in every peer, waits for every peer's,
 // and counts the call in state->epoch. A rank that has passed knows that every peer has finished its earlier
-// calls, so that its slots may be overwritten. A sender of dispatch may begin with this kernel.
+// calls, so that its slots may be overwritten. The sender may begin then, and not sooner: on every SM, it
+// would keep out what a late rank waits for.
 #include "wait.cuh"
 
 struct BarrierParams {
@@ -13,13 +14,13 @@ struct BarrierParams {
 extern "C" __global__ void barrier(const __grid_constant__ BarrierParams p) {
     const Comm& comm = p.comm;
     const int peer = threadIdx.x;
-    let_next_begin();
     const uint32_t epoch = next_call(comm);
     // Peers that are late must find what the call that timed out told them, and nothing newer.
     if (__syncthreads_or(timed_out(comm))) return;
     announce(comm, epoch);
     if (peer < comm.num_ranks) wait_begun(comm, peer, epoch, kPhaseBarrier, true);
     __syncthreads();
+    let_next_begin();
     if (threadIdx.x == 0) begin_call(comm, epoch);
     if (threadIdx.x < 2 && p.overflows != nullptr) p.overflows[threadIdx.x] = 0;
 }

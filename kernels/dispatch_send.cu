@@ -4,9 +4,9 @@
 // Any grid; kWorkers warps and kSenders that send. Dynamic shared memory: kStages stages, 128-byte aligned.
 // Reads x once, the next token while one is encoded, and writes each record once per destination rank, itself
 // included: slot send_slot[token][rank] of this rank's region there, the record's metadata behind it unless
-// this is a replay; then, with release order, that slot's flag. It may begin with route or barrier, whose end
-// it waits for before it sends; after route also until every rank has begun the call. Once a call: by then
-// its tokens are taken. What follows may begin when all blocks are past route or barrier.
+// this is a replay; then, with release order, that slot's flag. It may begin before route or barrier has
+// ended, which it waits for before it sends; after route also until every rank has begun the call. Once a
+// call: by then its tokens are taken. What follows may begin when all blocks are past route or barrier.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];

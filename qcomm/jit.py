@@ -168,9 +168,11 @@ class Kernel:
     ) -> None:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure.
 
-        One that is `early` begins when the kernel before it on the stream lets it, if that does, not when it ends.
+        One that is `early` begins when the kernel before it on the stream lets it, if that does, not when it ends. Not
+        so where torch fills what it allocates: that kernel would be the one before it.
         """
         driver = self._driver
+        early = early and not torch.are_deterministic_algorithms_enabled()
         # Also below the 48 KiB that need no permission, because those count what the kernel itself declares. Another
         # buffer's loader may have the same function, which needs what the hungrier of the two takes.
         if shared_bytes > self._shared_bytes:

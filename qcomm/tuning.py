@@ -203,8 +203,10 @@ def choose_all(device: str, device_sms: int, num_ranks: int, num_sms: int | None
     for op in OPS:
         for wire in WIRE_KINDS:
             found = choose(current(), device=device, op=op, wire=wire, num_ranks=num_ranks)
-            suited = found.on(forced.get("num_sms"), device_sms)
-            chosen[op, wire] = _tuning({**dataclasses.asdict(suited), **forced})
+            given = _tuning({**dataclasses.asdict(found), **forced})
+            if not forced.keys() & {"in_flight", "flags_together"}:
+                given = dataclasses.replace(given, **found.on(given.num_sms, device_sms).constants)
+            chosen[op, wire] = given
     return chosen
 
 

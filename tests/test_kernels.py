@@ -720,3 +720,27 @@ def test_a_function_that_two_buffers_share_takes_what_the_hungrier_needs(monkeyp
         monkeypatch.setattr(kernel, "_success", 0)
     for kernel, shared_bytes in ((one, 100_000), (other, 2_000), (one, 100_000), (other, 120_000), (one, 110_000)):
         kernel.launch(1, 32, shared_bytes, 0, route.RouteParams())
+
+
+def test_no_launch_is_early_where_torch_fills_what_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that fills lets the next one begin at its blocks' ends, before all that they wrote is there."""
+    kernel, calls = jit.Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=7)), False), []
+
+    def note(name: str) -> Callable[..., tuple[int]]:
+        def launch(*_: object) -> tuple[int]:
+            calls.append(name)
+            return (0,)
+
+        return launch
+
+    driver = SimpleNamespace(cuLaunchKernel=note("plain"), cuLaunchKernelEx=note("early"))
+    monkeypatch.setattr(kernel, "_driver", driver)
+    monkeypatch.setattr(kernel, "_success", 0)
+    monkeypatch.setattr(kernel, "_early", lambda *_: None)
+    kernel.launch(1, 32, 0, 0, route.RouteParams(), early=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        kernel.launch(1, 32, 0, 0, route.RouteParams(), early=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls == ["early", "plain"]

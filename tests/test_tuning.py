@@ -200,8 +200,14 @@ def test_fewer_sms_of_the_table_in_effect(table_file: Path) -> None:
     found = tuning.choose_all("A", 132, 4, 24)["dispatch", "mxfp4"]
     assert found == DISPATCH.on(24, 132) != DISPATCH
     # What is forced is taken as it is.
-    with tuning.force(in_flight=1, flags_together=1, num_sms=24):
-        assert tuning.choose_all("A", 132, 4, None)["dispatch", "mxfp4"].in_flight == 1
+    with tuning.force(in_flight=4, num_sms=24):
+        found = tuning.choose_all("A", 132, 4, None)["dispatch", "mxfp4"]
+    assert found == dataclasses.replace(DISPATCH, in_flight=4, num_sms=24)
+    with tuning.force(decode_tokens=0):
+        found = tuning.choose_all("A", 132, 4, 24)["dispatch", "mxfp4"]
+    assert found == dataclasses.replace(DISPATCH.on(24, 132), decode_tokens=0)
+    with pytest.raises(ValueError, match="num_sms"), tuning.force(num_sms=0):
+        tuning.choose_all("A", 132, 4, None)
 
 
 def test_forcing(table_file: Path) -> None:

@@ -328,8 +328,7 @@ class Receive:
 
         Args:
             stream: to launch on.
-            early: `count`, or in a replay the sender, is the last kernel of the stream, and lets the receive begin. A
-                tensor that was allocated since, and that torch fills if it is to be deterministic, makes it wait.
+            early: `count`, or in a replay the sender, is the last kernel of the stream, and lets the receive begin.
         """
         wire, blocks = decoding(self._options.wire), self._launcher.blocks("dispatch", self._options.wire)
         sharing = _recv_teams(self._options.recv_dtype, wire, self._hidden)
