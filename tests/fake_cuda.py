@@ -68,7 +68,7 @@ class Launch(NamedTuple):
 
 _LETS_BEGIN = {
     "route": ("dispatch_send",),
-    "barrier": ("dispatch_send",),
+    "barrier": ("dispatch_send", "combine_send"),
     "dispatch_send": ("count", "dispatch_recv"),
     "count": ("dispatch_recv",),
     "combine_send": ("combine_recv",),
