@@ -86,13 +86,9 @@ __device__ __forceinline__ uint32_t wait_any_flag(const Comm& comm, bool has_fla
                                                   uint32_t epoch, int peer, Phase phase) {
     const uint64_t start = global_timer_ns();
     for (uint32_t polls = 1;; ++polls) {
-        const bool came = has_flag && reached<false>(load_relaxed_sys(flag), epoch);
+        const bool came = has_flag && reached<false>(load_acquire_sys(flag), epoch);
         const uint32_t those = __ballot_sync(kAllLanes, came);
-        if (those != 0) {
-            if (came) load_acquire_sys(flag);
-            __syncwarp();
-            return those;
-        }
+        if (those != 0) return those;
         if (polls % kPollsPerCheck == 0 &&
             __any_sync(kAllLanes, has_flag && in_vain(comm, start, flag, epoch, peer, phase)))
             return 0;
