@@ -1,4 +1,4 @@
-// Waiting for a peer: the only loops on flags. Every wait has a deadline; a wait that passes it reports who
+// Waiting for a peer: the only loop on flags. Every wait has a deadline; a wait that passes it reports who
 // waited for what, and from then on every wait of this buffer returns soon, so that kernels end and the host
 // raises.
 #pragma once
@@ -68,16 +68,23 @@ __device__ __forceinline__ bool in_vain(const Comm& comm, uint64_t start, const 
     return true;
 }
 
+// Waits until came() or, looked at seldom, gives_up(); tells whether it came.
+template <typename Came, typename GivesUp>
+__device__ __forceinline__ bool poll(const Came& came, const GivesUp& gives_up) {
+    for (uint32_t polls = 1; !came(); ++polls) {
+        if (polls % kPollsPerCheck == 0 && gives_up()) return false;
+        __nanosleep(kPollNs);
+    }
+    return true;
+}
+
 // Waits until the flag says that a call's turn has come, and orders nothing. Returns false past the deadline.
 template <bool kMayBeAhead = false>
 __device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag, uint32_t epoch, int peer,
                                           Phase phase) {
     const uint64_t start = global_timer_ns();
-    for (uint32_t polls = 1; !reached<kMayBeAhead>(load_relaxed_sys(flag), epoch); ++polls) {
-        if (polls % kPollsPerCheck == 0 && in_vain(comm, start, flag, epoch, peer, phase)) return false;
-        __nanosleep(kPollNs);
-    }
-    return true;
+    return poll([&] { return reached<kMayBeAhead>(load_relaxed_sys(flag), epoch); },
+                [&] { return in_vain(comm, start, flag, epoch, peer, phase); });
 }
 
 // Waits until some of the flags of a warp's lanes, those with one, have come, and returns which, none past
@@ -85,15 +92,15 @@ __device__ __forceinline__ bool poll_flag(const Comm& comm, const uint32_t* flag
 __device__ __forceinline__ uint32_t wait_any_flag(const Comm& comm, bool has_flag, const uint32_t* flag,
                                                   uint32_t epoch, int peer, Phase phase) {
     const uint64_t start = global_timer_ns();
-    for (uint32_t polls = 1;; ++polls) {
-        const bool came = has_flag && reached<false>(load_acquire_sys(flag), epoch);
-        const uint32_t those = __ballot_sync(kAllLanes, came);
-        if (those != 0) return those;
-        if (polls % kPollsPerCheck == 0 &&
-            __any_sync(kAllLanes, has_flag && in_vain(comm, start, flag, epoch, peer, phase)))
-            return 0;
-        __nanosleep(kPollNs);
-    }
+    uint32_t those;
+    const auto came = [&] {
+        those = __ballot_sync(kAllLanes, has_flag && reached<false>(load_acquire_sys(flag), epoch));
+        return those != 0;
+    };
+    poll(came, [&] {
+        return __any_sync(kAllLanes, has_flag && in_vain(comm, start, flag, epoch, peer, phase)) != 0;
+    });
+    return those;
 }
 
 // Waits likewise; then everything the peer wrote before it raised the flag is visible.

@@ -28,6 +28,7 @@ TABLE_VARIABLE = "QCOMM_TUNING"
 MAX_IN_FLIGHT = 16
 """A sender keeps the flags of so many records in shared memory, beside the records."""
 _MOST_TIMES = 4
+"""Each of fewer SMs has at most so many times as much under way."""
 _SHIPPED = Path(__file__).with_name("tuning.json")
 
 

@@ -353,43 +353,35 @@ def test_few_tokens_take_one_kernel() -> None:
         assert not dispatch_decode.suits(make_launcher(kernels, num_experts=2048), options, 256, 7168)
 
 
+WAIT = {
+    "a receiver": (("dispatch_recv", "combine_recv"), ()),
+    "a sender": (("dispatch_send",), ("dispatch_send",)),
+    "a call of one kernel": (
+        ("dispatch_decode", "combine_decode"),
+        ("dispatch_decode", "combine_decode", "dispatch_send"),
+    ),
+}
+"""Kernels that may sit on every SM while a rank is late, and what of another buffer's must fit beside, besides what
+every call begins with: ranks may begin the calls of two buffers in different orders, and each waits for the other."""
+
+
+@pytest.mark.parametrize("what", WAIT)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_waiting_receiver_leaves_room_for_another_buffers_call_to_begin(
-    shape: tuple[int, int], usage: dict[KernelSpec, ResourceUsage]
+def test_what_waits_leaves_room_for_another_buffers_call_to_begin(
+    shape: tuple[int, int], what: str, usage: dict[KernelSpec, ResourceUsage]
 ) -> None:
     found = list(dict.fromkeys(launches(*shape)))
-    first = [launch for launch in found if launch.spec.name in ("barrier", "route", "count")]
+
+    def named(names: tuple[str, ...]) -> list[Launch]:
+        those = [launch for launch in found if launch.spec.name in names]
+        assert {launch.spec.name for launch in those} == set(names)
+        return those
+
+    waiting, others = WAIT[what]
+    first = named(("barrier", "route", "count"))
     assert len({launch.spec for launch in first}) == 4
-    for receiver in (launch for launch in found if launch.spec.name in ("dispatch_recv", "combine_recv")):
-        for launch in first:
-            assert_fit((launch, receiver), usage)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_sender_that_begins_early_leaves_room_for_another_buffers_call_to_begin(
-    shape: tuple[int, int], usage: dict[KernelSpec, ResourceUsage]
-) -> None:
-    """It sits on every SM until every rank has begun the call, while another rank may have begun the other's."""
-    found = list(dict.fromkeys(launches(*shape)))
-    first = [launch for launch in found if launch.spec.name in ("barrier", "route", "count")]
-    senders = [launch for launch in found if launch.spec.name == "dispatch_send"]
-    assert senders
-    for sender in senders:
-        for other in (*first, *senders):
-            assert_fit((other, sender), usage)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_call_of_one_kernel_leaves_room_for_another_buffers(
-    shape: tuple[int, int], usage: dict[KernelSpec, ResourceUsage]
-) -> None:
-    """Ranks may begin the calls of two buffers in different orders; each then waits for the other to begin."""
-    found = list(dict.fromkeys(launches(*shape)))
-    ones = [launch for launch in found if launch.spec.name.endswith("_decode")]
-    assert len({launch.spec.name for launch in ones}) == 2
-    beside = [launch for launch in found if launch.spec.name in ("barrier", "route", "count", "dispatch_send")]
-    for one in ones:
-        for other in (*ones, *beside):
+    for one in named(waiting):
+        for other in (*first, *named(others)):
             assert_fit((one, other), usage)
 
 

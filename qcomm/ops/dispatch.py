@@ -247,11 +247,12 @@ def launch_send(
     sharing = _send_teams(wire, hidden, launcher.num_topk)
     tuning = launcher.tuning("dispatch", wire)
     kernel = launcher.kernels.get(send_spec, kind, encoding(wire, kind), hidden, launcher.num_topk, tuning)
-    blocks, early = launcher.send_blocks("dispatch", wire), True
-    if routing is not None and blocks == launcher.num_sms > 1:
-        blocks -= 1  # for count, whose steps take twice as long on an SM that sends
-    elif routing is not None:
-        early = False  # beside route's blocks, its own would come to lie on other SMs than the receive's
+    blocks = launcher.send_blocks("dispatch", wire)
+    takes_all = blocks == launcher.num_sms
+    if routing is not None and takes_all:
+        blocks = max(1, blocks - 1)  # one for count, whose steps take twice as long on an SM that sends
+    # Beside route's blocks, a few would come to lie on other SMs than the receive's.
+    early = routing is None or takes_all
     kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, params, early=early)
 
 
