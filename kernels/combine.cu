@@ -111,17 +111,17 @@ __device__ __forceinline__ void add_sums(const CombineRecvParams& p, uint32_t ep
 // Any grid; kWorkers warps, one that loads and kSenders that send. Dynamic shared memory: kChunks chunks,
 // then kStages stages, 128-byte aligned: bulk copies that begin amid a line are slow. Reads each row of y
 // once and writes each record once: the dispatch's slot of this rank's region at the source, then, with
-// release order, that slot's flag. The receive may begin when all blocks have.
+// release order, that slot's flag. It may begin before barrier has ended, which it waits for before it sends;
+// the receive may begin when all blocks are past that.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     combine_send(const __grid_constant__ CombineSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ SumBoard board;
-    let_next_begin();
     const bool dead = timed_out(p.comm);
     const BlockRecords records(p);
     if (threadIdx.x == 0) init(board);
-    if (__syncthreads_or(dead)) return;
-    reduce_and_send<false>(p, records, this_call(p.comm), board, shared);
+    if (__syncthreads_or(dead)) return wait_for_previous();
+    reduce_and_send<false>(p, records, 0, board, shared);
 }
 
 // Any grid, QCOMM_RECV_THREADS threads. It may begin when the sender lets it.

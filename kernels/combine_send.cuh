@@ -318,8 +318,8 @@ __device__ __forceinline__ void sum_rows(const CombineSendParams& p, int num_rec
     }
 }
 
-// The warps that send: a lane has the one destination of each record. If the call is not known to have begun
-// on every rank, they wait for that first.
+// The warps that send: a lane has the one destination of each record. First they wait until the call has
+// begun on every rank: of call `epoch`, which begins here, or of that which the kernel before has begun.
 template <bool kBegins>
 __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t epoch, int num_records,
                                           SumBoard& board, uint8_t* stages) {
@@ -332,9 +332,15 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
 #else
     const PutParts parts = {};
 #endif
+    bool came = true;
+    if constexpr (!kBegins) {
+        wait_for_previous();
+        let_next_begin();
+        epoch = this_call(comm);
+        came = !timed_out(comm);
+    }
     Sender sender(board.outbox, stages, epoch, parts);
     const int lane = threadIdx.x % 32;
-    bool came = true;
     const bool is_first = blockIdx.x == 0 && sender.number() == 0;
     if (kBegins && is_first) announce(comm, epoch);
     if (kBegins && lane < comm.num_ranks) came = wait_begun(comm, lane, epoch, kPhaseBarrier, is_first);

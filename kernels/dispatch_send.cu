@@ -5,8 +5,8 @@
 // Reads x once, the next token while one is encoded, and writes each record once per destination rank, itself
 // included: slot send_slot[token][rank] of this rank's region there, the record's metadata behind it unless
 // this is a replay; then, with release order, that slot's flag. It may begin before route or barrier has
-// ended, which it waits for before it sends; after route also until every rank has begun the call. Once a
-// call: by then its tokens are taken. What follows may begin when all blocks are past route or barrier.
+// ended, which it waits for before it sends: then every rank has begun the call. Once a call: by then its
+// tokens are taken. What follows may begin when all blocks are past route or barrier.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     dispatch_send(const __grid_constant__ DispatchSendParams p) {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -21,8 +21,7 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         wait_for_previous();
         let_next_begin();
         const uint32_t epoch = this_call(p.comm);
-        const bool began = p.index_words == 0 ? !timed_out(p.comm) : all_began(p.comm, epoch);
-        send_records(p, epoch, began, outbox, claims, shared);
+        send_records(p, epoch, !timed_out(p.comm), outbox, claims, shared);
     } else {
         Encoder encoder(p);
         encoder.begin();

@@ -173,12 +173,6 @@ class FarSender {
 };
 #endif
 
-// Waits until every rank has begun the call; returns false past the deadline. Call from one warp.
-__device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch) {
-    const int lane = threadIdx.x % 32;
-    return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, kPhaseRoute, false));
-}
-
 // Of which token a record of the block is, by its number; from one number on, of none. This way every
 // gridDim.x-th token is the block's.
 struct Shares {

@@ -26,10 +26,11 @@ __host__ __device__ constexpr int whole_loads(int num_keys) {
 // how many earlier tokens go to each, then for each a bitmap of the chunk's tokens. A block
 // publishes its chunk's counts and adds up those of the chunks before it; blocks start in order, so it waits
 // only for blocks that run. The last block, which thereby knows the totals, writes them to every peer. The
-// sender may begin when all blocks have.
+// first waits until every rank has begun the call; then the sender may begin, and not sooner: on every SM, it
+// would keep out what a late rank waits for.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_constant__ RouteParams p) {
     extern __shared__ __align__(16) uint32_t shared[];
-    let_next_begin();
+    if (blockIdx.x != 0) let_next_begin();
     const Comm& comm = p.comm;
     const int num_keys = whole_loads(number_of_keys(comm));
     const int words = p.chunk / 32;
@@ -108,4 +109,9 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
             p.ordinals[index] = valid ? number(static_cast<int>(expert), begin + entry / kNumTopk) : 0;
         }
     }
+    // When its share is done, for others wait for that.
+    if (blockIdx.x != 0 || threadIdx.x >= 32) return;
+    if (threadIdx.x < comm.num_ranks) wait_begun(comm, threadIdx.x, epoch, kPhaseRoute, true);
+    __syncwarp();
+    let_next_begin();
 }

@@ -25,6 +25,11 @@ from qcomm import nvshmem_build, resources
 from qcomm.errors import QcommUnsupportedError
 
 CACHE_VARIABLE = "QCOMM_CACHE_DIR"
+SM_SHARED_BYTES = 228 * 1024
+RESERVED_SHARED_BYTES = 1024
+"""What a block costs of an SM's besides its own."""
+MORE_THAN_HALF = SM_SHARED_BYTES // 2 - RESERVED_SHARED_BYTES + 128
+"""Shared memory of a block beside which an SM takes no second one like it; SMs give out 128 bytes at a time."""
 _MAX_CARVEOUT = 100
 _IMPORTS = threading.Lock()
 """cuda-core cannot be imported by two threads at once."""
@@ -153,7 +158,7 @@ class Kernel:
         if waits:
             function.preferred_shared_memory_carveout = _MAX_CARVEOUT
         self._handle = int(function.kernel.ptr)
-        self._shared_bytes = 0
+        self._static_shared_bytes, self._shared_bytes = int(function.shared_size_bytes), 0
         self._early_config: Any = None
 
     def launch(
@@ -165,13 +170,17 @@ class Kernel:
         params: ctypes.Structure,
         *,
         early: bool = False,
+        alone: bool = False,
     ) -> None:
         """Launch on a stream handle with the one parameter every kernel of qcomm takes, a structure.
 
         One that is `early` begins when the kernel before it on the stream lets it, if that does, not when it ends. Not
-        so where torch fills what it allocates: that kernel would be the one before it.
+        so where torch fills what it allocates: that kernel would be the one before it. No SM has two blocks of one that
+        is `alone`.
         """
         driver = self._driver
+        if alone:
+            shared_bytes = max(shared_bytes, MORE_THAN_HALF - self._static_shared_bytes)
         early = early and not torch.are_deterministic_algorithms_enabled()
         # Also below the 48 KiB that need no permission, because those count what the kernel itself declares. Another
         # buffer's loader may have the same function, which needs what the hungrier of the two takes.

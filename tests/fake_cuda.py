@@ -68,7 +68,7 @@ class Launch(NamedTuple):
 
 _LETS_BEGIN = {
     "route": ("dispatch_send",),
-    "barrier": ("dispatch_send",),
+    "barrier": ("dispatch_send", "combine_send"),
     "dispatch_send": ("count", "dispatch_recv"),
     "count": ("dispatch_recv",),
     "combine_send": ("combine_recv",),
@@ -126,7 +126,14 @@ class FakeCuda:
 
     def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
         def launch(
-            grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure, *, early: bool = False
+            grid: int,
+            threads: int,
+            shared_bytes: int,
+            stream: int,
+            params: ctypes.Structure,
+            *,
+            early: bool = False,
+            alone: bool = False,
         ) -> None:
             name, on, number = make_spec(*args).name, self._streams[stream], len(self.launches)
             if early:

@@ -43,7 +43,6 @@ WIRES = [
 ]
 
 SM_REGISTERS = 65536
-SM_SHARED_BYTES = 227 * 1024
 SM_THREADS = 2048
 
 SPILLS = {
@@ -150,6 +149,7 @@ class Launch(NamedTuple):
     grid: int
     threads: int
     shared_bytes: int
+    alone: bool
 
 
 class Recorder:
@@ -160,10 +160,17 @@ class Recorder:
 
     def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
         def launch(
-            grid: int, threads: int, shared_bytes: int, stream: int, params: ctypes.Structure, *, early: bool = False
+            grid: int,
+            threads: int,
+            shared_bytes: int,
+            stream: int,
+            params: ctypes.Structure,
+            *,
+            early: bool = False,
+            alone: bool = False,
         ) -> None:
             assert isinstance(params, ctypes.Structure)
-            self.launches.append(Launch(make_spec(*args), grid, threads, shared_bytes))
+            self.launches.append(Launch(make_spec(*args), grid, threads, shared_bytes, alone))
 
         return SimpleNamespace(launch=launch)
 
@@ -281,17 +288,22 @@ def pairs(found: list[Launch]) -> Iterator[tuple[Launch, Launch]]:
                     yield send, recv
 
 
+def taken_of(launch: Launch, static_shared_bytes: int) -> int:
+    """Return the shared memory that a block takes of an SM."""
+    taken = launch.shared_bytes + static_shared_bytes
+    return max(taken, jit.MORE_THAN_HALF if launch.alone else 0) + jit.RESERVED_SHARED_BYTES
+
+
 def assert_fit(pair: tuple[Launch, Launch], usage: dict[KernelSpec, ResourceUsage]) -> None:
     names = " and ".join(label(launch.spec) for launch in pair)
     # The warps of a block are spread over the four parts of an SM, which have a quarter of the registers each.
     warps = [4 * -(-launch.threads // 128) for launch in pair]
     each = [32 * 8 * -(-usage[launch.spec].registers // 8) for launch in pair]
     registers = sum(a * b for a, b in zip(warps, each, strict=True))
-    static = sum(usage[launch.spec].static_shared_bytes for launch in pair)
-    shared = sum(launch.shared_bytes + comm.RESERVED_SHARED_BYTES for launch in pair) + static
+    shared = sum(taken_of(launch, usage[launch.spec].static_shared_bytes) for launch in pair)
     threads = sum(launch.threads for launch in pair)
     assert registers <= SM_REGISTERS, f"{names} take {registers} registers of an SM"
-    assert shared <= SM_SHARED_BYTES, f"{names} take {shared} bytes of an SM"
+    assert shared <= jit.SM_SHARED_BYTES, f"{names} take {shared} bytes of an SM"
     assert threads <= SM_THREADS, f"{names} take {threads} threads of an SM"
 
 
@@ -355,7 +367,6 @@ def test_few_tokens_take_one_kernel() -> None:
 
 WAIT = {
     "a receiver": (("dispatch_recv", "combine_recv"), ()),
-    "a sender": (("dispatch_send",), ("dispatch_send",)),
     "a call of one kernel": (
         ("dispatch_decode", "combine_decode"),
         ("dispatch_decode", "combine_decode", "dispatch_send"),
@@ -388,8 +399,8 @@ def test_what_waits_leaves_room_for_another_buffers_call_to_begin(
 @pytest.mark.parametrize("hidden", [128, 384, 2048, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 24576])
 def test_the_budgets_hold_for_any_hidden(hidden: int) -> None:
     for pair in pairs(launches(hidden, 8)):
-        shared = sum(launch.shared_bytes + comm.RESERVED_SHARED_BYTES for launch in pair)
-        assert shared <= SM_SHARED_BYTES, f"{[label(launch.spec) for launch in pair]} take {shared} bytes of an SM"
+        shared = sum(taken_of(launch, 0) for launch in pair)
+        assert shared <= jit.SM_SHARED_BYTES, f"{[label(launch.spec) for launch in pair]} take {shared} bytes of an SM"
 
 
 STRUCTURES: dict[str, tuple[type[ctypes.Structure], ...]] = {
@@ -692,7 +703,7 @@ def test_a_function_that_two_buffers_share_takes_what_the_hungrier_needs(monkeyp
     granted = {"bytes": 48 * 1024}
 
     class Function:
-        kernel = SimpleNamespace(ptr=7)
+        kernel, shared_size_bytes = SimpleNamespace(ptr=7), 0
 
         @property
         def max_dynamic_shared_size_bytes(self) -> int:
@@ -714,9 +725,28 @@ def test_a_function_that_two_buffers_share_takes_what_the_hungrier_needs(monkeyp
         kernel.launch(1, 32, shared_bytes, 0, route.RouteParams())
 
 
+@pytest.mark.parametrize(("static", "asked"), [(0, 0), (640, 50_000), (640, 150_000), (200_000, 0)])
+def test_no_sm_has_two_blocks_of_a_kernel_that_is_alone(
+    static: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = SimpleNamespace(kernel=SimpleNamespace(ptr=7), shared_size_bytes=static, max_dynamic_shared_size_bytes=0)
+    kernel, taken = jit.Kernel(function, False), []
+
+    def launch(*arguments: Any) -> tuple[int]:
+        taken.append(int(arguments[7]) + static + jit.RESERVED_SHARED_BYTES)
+        return (0,)
+
+    monkeypatch.setattr(kernel, "_driver", SimpleNamespace(cuLaunchKernel=launch))
+    monkeypatch.setattr(kernel, "_success", 0)
+    for alone in (False, True):
+        kernel.launch(1, 32, asked, 0, route.RouteParams(), alone=alone)
+    assert taken[1] == max(taken[0], jit.SM_SHARED_BYTES // 2 + 128)
+    assert 2 * taken[1] > jit.SM_SHARED_BYTES
+
+
 def test_no_launch_is_early_where_torch_fills_what_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that fills lets the next one begin at its blocks' ends, before all that they wrote is there."""
-    kernel, calls = jit.Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=7)), False), []
+    kernel, calls = jit.Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=7), shared_size_bytes=0), False), []
 
     def note(name: str) -> Callable[..., tuple[int]]:
         def launch(*_: object) -> tuple[int]:

@@ -129,9 +129,12 @@ def launch_send(
     handle: DispatchHandle,
     options: CombineOptions,
 ) -> None:
-    """Sum each record's rows and send the sum to its token's rank, with the record's values if there are any."""
+    """Sum each record's rows and send the sum to its token's rank, with the record's values if there are any.
+
+    The barrier is the last thing on the stream.
+    """
     params = _send_params(launcher, y, row_values, handle, options)
-    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1])
+    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1], early=True)
 
 
 def launch_recv(
@@ -175,12 +178,15 @@ def _launch_sender(
     params: CombineSendParams | CombineDecodeParams,
     wire: WireFormat,
     hidden: int,
+    *,
+    early: bool = False,
 ) -> None:
     num_topk = launcher.num_topk
     sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
-    kernel.launch(launcher.send_blocks("combine", wire), sharing.threads, sharing.shared_bytes, stream, params)
+    grid, shared_bytes = launcher.send_blocks("combine", wire), sharing.shared_bytes
+    kernel.launch(grid, sharing.threads, shared_bytes, stream, params, early=early)
 
 
 def _send_params(

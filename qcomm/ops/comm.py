@@ -17,8 +17,6 @@ from qcomm.tuning import Op, Tuning, Tunings
 MAX_RANKS = 16
 MAX_TOPK = 32
 MAX_BLOCK_SHARED_BYTES = 227 * 1024
-RESERVED_SHARED_BYTES = 1024
-"""What a block costs of an SM's besides its own."""
 MAX_HIDDEN = 40960
 """A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
 _WARP_ELEMENTS = 512

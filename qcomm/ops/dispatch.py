@@ -40,8 +40,8 @@ _SENDERS = 2
 _LONG_SLOT = 8 * 1024
 """Slots of such records keep the links busy by one sender; two hold up what else an SM writes."""
 _SEND = Budget(warps=14, team_warps=14, registers=56, shared_bytes=92 * 1024, stages=12)
-_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=118 * 1024, stages=8)
-_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=118 * 1024, stages=8)
+_RECV = Budget(warps=24, team_warps=7, registers=48, shared_bytes=112 * 1024, stages=8)
+_RECV_FLOATS = Budget(warps=16, team_warps=7, registers=72, shared_bytes=112 * 1024, stages=8)
 """Where elements must become floats."""
 
 
@@ -253,7 +253,8 @@ def launch_send(
         blocks = max(1, blocks - 1)  # one for count, whose steps take twice as long on an SM that sends
     # Beside route's blocks, a few would come to lie on other SMs than the receive's.
     early = routing is None or takes_all
-    kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, params, early=early)
+    # Two blocks on one SM would keep a receiver's from it, which then has to receive its share when all else is done.
+    kernel.launch(blocks, sharing.threads, sharing.shared_bytes, stream, params, early=early, alone=True)
 
 
 class Receive:

@@ -9,11 +9,10 @@ import functools
 from qcomm.exchange import WireInput
 from qcomm.formats import WIRE_KINDS, WireFormat, WireKind
 from qcomm.handle import Addresses
-from qcomm.jit import KernelSpec
+from qcomm.jit import RESERVED_SHARED_BYTES, KernelSpec
 from qcomm.ops import count
 from qcomm.ops.comm import (
     MAX_BLOCK_SHARED_BYTES,
-    RESERVED_SHARED_BYTES,
     Budget,
     Launcher,
     Teams,
