@@ -161,15 +161,22 @@ def _interleaved(rank: int, num_ranks: int, device: str, backend: str, decode_to
         received, handle = buffers[number].dispatch(*given[number], static=True, alignment=32, recv_dtype="bf16")
         return buffers[number].combine(received.x, handle)
 
-    want = [step(number) for number in range(2)]
-    for buffer in buffers:
-        cases.sync(buffer)
     factor = torch.zeros(4096 if on_gpu else 16, 4096, dtype=torch.bfloat16, device=buffers[0].device)
+
+    def on_stream(number: int) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(streams[number]) if on_gpu else contextlib.nullcontext()
+
+    want = [step(number) for number in range(2)]
+    for number, buffer in enumerate(buffers):
+        # A stream's first product allocates and loads, which waits for all kernels, whatever they wait for.
+        with on_stream(number):
+            torch.mm(factor, factor.T)
+        cases.sync(buffer)
     outs: list[list[torch.Tensor]] = [[], []]
     for turn in range(30):
         swap = backend == "nvlink" and (rank + turn // 10) % 2 == 1
         for place, number in enumerate((1, 0) if swap else (0, 1)):
-            with torch.cuda.stream(streams[number]) if on_gpu else contextlib.nullcontext():
+            with on_stream(number):
                 if place == 1 and not decode_tokens:
                     torch.mm(factor, factor.T)
                 outs[number].append(step(number))
