@@ -20,7 +20,7 @@ extern "C" __global__ void count(const __grid_constant__ CountParams params) {
     const uint32_t epoch = this_call(comm);
     const bool dead = __syncthreads_or(timed_out(comm));
     const bool ready = !dead && __syncthreads_and(gather_counts(comm, WholeBlock(), epoch, true, counts));
-    // Not sooner: on every SM, the receive would keep out the call that a late rank waits for.
+    // Not sooner: until then the receive would only occupy every SM.
     let_next_begin();
     int32_t* table = counts + comm.num_ranks * (2 + comm.num_local_experts);
     if (ready) count_records(comm, WholeBlock(), p, counts, table, true);

@@ -59,8 +59,7 @@ class BufferStats:
             in `recv.x_columnwise`.
         waited_us: `num_ranks` numbers of microseconds: how long this rank's kernels waited for each rank to begin its
             calls, in all since the buffer was made or reset, replays of a CUDA graph included. A call waits for all
-            ranks at the same time; a split dispatch counts from its hook on. Zeros on the collective backend, which
-            does not measure them.
+            ranks at the same time. Zeros on the collective backend, which does not measure them.
     """
 
     num_dispatches: int

@@ -327,6 +327,7 @@ def test_a_split_combine_sends_and_its_hook_receives(fake: Fake) -> None:
     assert fake.launched(first) == ["barrier", "combine_send"]
     hook()
     assert fake.launched(first + 2) == ["combine_recv"]
+    assert [launch.early for launch in fake.cuda.launches[first:]] == [False, True, False]
     fake.require_one_after_the_other()
 
 

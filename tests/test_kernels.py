@@ -336,6 +336,13 @@ def test_the_most_records_in_flight_leave_room_too(usage: dict[KernelSpec, Resou
             assert use.static_shared_bytes <= dispatch_decode._STATIC_SHARED_BYTES
 
 
+def test_what_sends_is_alone_on_an_sm() -> None:
+    alone = {launch.spec.name for launch in launches(7168, 8) if launch.alone}
+    shared = {launch.spec.name for launch in launches(7168, 8) if not launch.alone}
+    assert alone == {"dispatch_send", "combine_send"}
+    assert not alone & shared
+
+
 def test_as_many_blocks_as_are_asked_for() -> None:
     alone = ("barrier", "route", "count")
     for num_sms, want in ((None, 132), (24, 24), (1000, 132)):
@@ -366,7 +373,8 @@ def test_few_tokens_take_one_kernel() -> None:
 
 
 WAIT = {
-    "a receiver": (("dispatch_recv", "combine_recv"), ()),
+    "a receiver": (("dispatch_recv", "combine_recv"), ("dispatch_send",)),
+    "a receiver of combine": (("combine_recv",), ("combine_send", "dispatch_decode", "combine_decode")),
     "a call of one kernel": (
         ("dispatch_decode", "combine_decode"),
         ("dispatch_decode", "combine_decode", "dispatch_send"),
@@ -396,10 +404,26 @@ def test_what_waits_leaves_room_for_another_buffers_call_to_begin(
             assert_fit((one, other), usage)
 
 
-@pytest.mark.parametrize("hidden", [128, 384, 2048, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 24576])
-def test_the_budgets_hold_for_any_hidden(hidden: int) -> None:
-    for pair in pairs(launches(hidden, 8)):
-        shared = sum(taken_of(launch, 0) for launch in pair)
+def inbox_bytes(spec: KernelSpec) -> int:
+    """Return the size of the `Inbox` of kernels/receiver.cuh, which is all that `dispatch_recv` declares."""
+    if spec.name != "dispatch_recv":
+        return 0
+    constants = dict(spec.constants)
+    depth, item, barriers = 4, 4 + 4 * constants["NUM_TOPK"], 3 * 8
+    return constants["TEAMS"] * depth * (item + barriers)
+
+
+def test_what_a_receiver_declares(usage: dict[KernelSpec, ResourceUsage]) -> None:
+    for spec, used in usage.items():
+        if spec.name == "dispatch_recv":
+            assert inbox_bytes(spec) <= used.static_shared_bytes <= inbox_bytes(spec) + 255
+
+
+@pytest.mark.parametrize("num_topk", [1, 8, 32])
+@pytest.mark.parametrize("hidden", [128, 384, 896, 1024, 2048, 3968, 4096, 5120, 6144, 7168, 7552, 8192, 16384, 24576])
+def test_the_budgets_hold_for_any_hidden(hidden: int, num_topk: int) -> None:
+    for pair in pairs(launches(hidden, num_topk)):
+        shared = sum(taken_of(launch, inbox_bytes(launch.spec)) for launch in pair)
         assert shared <= jit.SM_SHARED_BYTES, f"{[label(launch.spec) for launch in pair]} take {shared} bytes of an SM"
 
 

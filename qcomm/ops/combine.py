@@ -134,7 +134,7 @@ def launch_send(
     The barrier is the last thing on the stream.
     """
     params = _send_params(launcher, y, row_values, handle, options)
-    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1], early=True)
+    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1], early=True, alone=True)
 
 
 def launch_recv(
@@ -180,13 +180,14 @@ def _launch_sender(
     hidden: int,
     *,
     early: bool = False,
+    alone: bool = False,
 ) -> None:
     num_topk = launcher.num_topk
     sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=name == "combine_decode")
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
     grid, shared_bytes = launcher.send_blocks("combine", wire), sharing.shared_bytes
-    kernel.launch(grid, sharing.threads, shared_bytes, stream, params, early=early)
+    kernel.launch(grid, sharing.threads, shared_bytes, stream, params, early=early, alone=alone)
 
 
 def _send_params(

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 
 from qcomm.formats import RECV_LAYOUTS, WIRE_KINDS, Rounding, WireFormat
-from qcomm.jit import KernelLoader, KernelSpec
+from qcomm.jit import RESERVED_SHARED_BYTES, SM_SHARED_BYTES, KernelLoader, KernelSpec
 from qcomm.records import MetadataLayout, RecordLayout, ValuesLayout
 from qcomm.tuning import Op, Tuning, Tunings
 
 MAX_RANKS = 16
 MAX_TOPK = 32
-MAX_BLOCK_SHARED_BYTES = 227 * 1024
+MAX_BLOCK_SHARED_BYTES = SM_SHARED_BYTES - RESERVED_SHARED_BYTES
 MAX_HIDDEN = 40960
 """A stage of the largest record and one of the largest row fit the shared memory of an SM together."""
 _WARP_ELEMENTS = 512

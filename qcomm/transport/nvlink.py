@@ -2,9 +2,9 @@
 
 A call's kernels follow each other on one stream, the caller's or, for async calls, the communication stream. Each lets
 the next begin before it ends, by programmatic dependent launch: a receive runs beside the send, and that beside what
-routes. Every call begins with an exchange among all ranks (route and count, or a barrier), after which every rank has
-finished its earlier calls; so no slot is overwritten while a peer reads it. A split call leaves all that waits for
-records to its hook.
+routes. Every call begins with an exchange among all ranks (route, or a barrier), after which every rank has finished
+its earlier calls; so no slot is overwritten while a peer reads it. A split call leaves all that waits for records to
+its hook.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class NvshmemTransport(NvlinkTransport):
     ) -> None:
         if not self._forwards:
             return super()._send(call, x, parts, routing, wire, seed)
-        # Both behind what routes. The send first: no kernel of NVSHMEM is loaded while one that waits for peers runs.
+        # Both behind what routes. The send first: no kernel of NVSHMEM is loaded while the hop waits for records.
         with call.beside(self._forward_stream) as stream:
             super()._send(call, x, parts, routing, wire, seed)
             hidden, replays = self._config.hidden, routing is None
