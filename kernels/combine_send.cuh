@@ -334,10 +334,9 @@ __device__ __forceinline__ void send_sums(const CombineSendParams& p, uint32_t e
 #endif
     bool came = true;
     if constexpr (!kBegins) {
-        wait_for_previous();
-        let_next_begin();
-        epoch = this_call(comm);
-        came = !timed_out(comm);
+        const Begun call = begun_before(comm);
+        epoch = call.epoch;
+        came = call.everywhere;
     }
     Sender sender(board.outbox, stages, epoch, parts);
     const int lane = threadIdx.x % 32;

@@ -54,12 +54,6 @@ __device__ __forceinline__ void init(const DispatchDecodeParams& p, Decode& deco
     decode.first_bad = kNoBadToken;
 }
 
-// Waits until every rank has begun the call; returns false past the deadline. Call from one warp.
-__device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch) {
-    const int lane = threadIdx.x % 32;
-    return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, kPhaseRoute, false));
-}
-
 // Numbers this block's tokens. Call from one warp.
 __device__ __forceinline__ void number_tokens(const DispatchSendParams& p, const RouteMap& map) {
     const Comm& comm = p.comm;
@@ -186,7 +180,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         } else {
             bool began = true;
             if (warp == kWorkers + kCounters) number_tokens(p.send, map);
-            if (warp == kWorkers + kCounters + kSenders - 1) began = all_began(comm, epoch);
+            if (warp == kWorkers + kCounters + kSenders - 1)
+                began = all_began(comm, epoch, kPhaseRoute, false);
             Shares shares;
             send_records(p.send, epoch, Senders().all(began), decode.outbox, shares, shared);
         }

@@ -54,15 +54,12 @@ class Arrivals {
     int most_ = 0;
 };
 
-// Learns how many records come from each node, and that every rank has begun the call: before that none
-// sends, and it is those that have not begun who are to blame. Call from all threads.
+// Learns how many records come from each node. Call from all threads.
 __device__ __forceinline__ bool begin(const DispatchForwardParams& p, uint32_t epoch, ForwardBoard& board) {
     const Comm& comm = p.comm;
-    const int node = threadIdx.x - 32;
+    const int node = threadIdx.x;
     bool came = true;
-    if (threadIdx.x < comm.num_ranks) {
-        came = wait_begun(comm, threadIdx.x, epoch, kPhaseRoute, false);
-    } else if (node >= 0 && node < kNodes) {
+    if (node < kNodes) {
         const int source = counterpart(comm, node);
         int count = 0;
         if (source != comm.rank && p.replays) count = p.counts[node];
@@ -146,7 +143,7 @@ __device__ __forceinline__ void send_on(const DispatchForwardParams& p, uint32_t
     sender.finish();
 }
 
-// Any grid; kTeams warps that load and kSenders that send, at least two warps. Dynamic shared memory: kStages
+// Any grid; kTeams warps that load and kSenders that send. Dynamic shared memory: kStages
 // stages, 128-byte aligned. Reads each record in this rank's inbox once, when its source's put has raised its
 // flag there, and writes it to the source's region at each rank of this node that it is for; then, with
 // release order, that slot's flag. Notes who is for what, which combine and replays need.

@@ -18,10 +18,8 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
     }
     if (__syncthreads_or(timed_out(p.comm))) return wait_for_previous();
     if (threadIdx.x >= 32 * kWorkers) {
-        wait_for_previous();
-        let_next_begin();
-        const uint32_t epoch = this_call(p.comm);
-        send_records(p, epoch, !timed_out(p.comm), outbox, claims, shared);
+        const Begun call = begun_before(p.comm);
+        send_records(p, call.epoch, call.everywhere, outbox, claims, shared);
     } else {
         Encoder encoder(p);
         encoder.begin();

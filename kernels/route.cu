@@ -26,8 +26,7 @@ __host__ __device__ constexpr int whole_loads(int num_keys) {
 // how many earlier tokens go to each, then for each a bitmap of the chunk's tokens. A block
 // publishes its chunk's counts and adds up those of the chunks before it; blocks start in order, so it waits
 // only for blocks that run. The last block, which thereby knows the totals, writes them to every peer. The
-// first waits until every rank has begun the call; then the sender may begin, and not sooner: on every SM, it
-// would keep out what a late rank waits for.
+// first waits until every rank has begun the call; then the sender may begin.
 extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_constant__ RouteParams p) {
     extern __shared__ __align__(16) uint32_t shared[];
     if (blockIdx.x != 0) let_next_begin();
@@ -110,8 +109,5 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS) route(const __grid_c
         }
     }
     // When its share is done, for others wait for that.
-    if (blockIdx.x != 0 || threadIdx.x >= 32) return;
-    if (threadIdx.x < comm.num_ranks) wait_begun(comm, threadIdx.x, epoch, kPhaseRoute, true);
-    __syncwarp();
-    let_next_begin();
+    if (blockIdx.x == 0 && threadIdx.x < 32) let_sender_begin(comm, epoch, kPhaseRoute);
 }

@@ -128,6 +128,33 @@ __device__ __forceinline__ bool wait_begun(const Comm& comm, int rank, uint32_t 
     return began;
 }
 
+// Waits until every rank has begun the call; returns false past the deadline. Call from one warp.
+__device__ __forceinline__ bool all_began(const Comm& comm, uint32_t epoch, Phase phase, bool notes) {
+    const int lane = threadIdx.x % 32;
+    return __all_sync(kAllLanes, lane >= comm.num_ranks || wait_begun(comm, lane, epoch, phase, notes));
+}
+
+// Lets the sender begin when every rank has begun the call, and not sooner: on every SM, it would keep out
+// what a late rank waits for. Call from one warp.
+__device__ __forceinline__ void let_sender_begin(const Comm& comm, uint32_t epoch, Phase phase) {
+    all_began(comm, epoch, phase, true);
+    let_next_begin();
+}
+
+// The number of a call, and whether every rank has begun it.
+struct Begun {
+    uint32_t epoch;
+    bool everywhere;
+};
+
+// What a sender that was let begin is told of its call: waits for the end of the kernel that let it, after
+// which what follows may begin too.
+__device__ __forceinline__ Begun begun_before(const Comm& comm) {
+    wait_for_previous();
+    let_next_begin();
+    return {this_call(comm), !timed_out(comm)};
+}
+
 constexpr int kDoneShift = 16;
 
 // Ends a call of one kernel: its last block counts the call in state->epoch, which every block has read by
