@@ -56,6 +56,36 @@ class FakeEvent:
         self.before, self.captured = stream.before, stream.cuda.capturing
 
 
+class Asked(NamedTuple):
+    """What a launcher asks of a kernel."""
+
+    grid: int
+    threads: int
+    shared_bytes: int
+    stream: int
+    early: bool
+    alone: bool
+
+
+def kernel_that(note: Callable[[Asked], None]) -> Any:
+    """Make what stands for a loaded kernel: it only notes what it is asked."""
+
+    def launch(
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        params: ctypes.Structure,
+        *,
+        early: bool = False,
+        alone: bool = False,
+    ) -> None:
+        assert isinstance(params, ctypes.Structure)
+        note(Asked(grid, threads, shared_bytes, stream, early, alone))
+
+    return SimpleNamespace(launch=launch)
+
+
 class Launch(NamedTuple):
     """A kernel's launch: its stream, its number, and the numbers of the launches that end before it begins."""
 
@@ -125,28 +155,19 @@ class FakeCuda:
         self.users.append(stream)
 
     def get(self, make_spec: Callable[..., KernelSpec], *args: Any) -> Any:
-        def launch(
-            grid: int,
-            threads: int,
-            shared_bytes: int,
-            stream: int,
-            params: ctypes.Structure,
-            *,
-            early: bool = False,
-            alone: bool = False,
-        ) -> None:
-            name, on, number = make_spec(*args).name, self._streams[stream], len(self.launches)
-            if early:
+        def note(asked: Asked) -> None:
+            name, on, number = make_spec(*args).name, self._streams[asked.stream], len(self.launches)
+            if asked.early:
                 last = [launch for launch in self.launches if launch.stream is on][-1]
                 assert name in _LETS_BEGIN[last.kernel]
             else:
                 on.running = frozenset()
-            self.launches.append(Launch(name, on, number, on.before - on.running, early))
+            self.launches.append(Launch(name, on, number, on.before - on.running, asked.early))
             on.before |= {number}
             # What a sender lets begin begins behind what routed; what count lets begin, beside the sender too.
             on.running = frozenset({number}) | (on.running if name == "count" else frozenset())
 
-        return SimpleNamespace(launch=launch)
+        return kernel_that(note)
 
 
 class _Torch:

@@ -134,7 +134,7 @@ def launch_send(
     The barrier is the last thing on the stream.
     """
     params = _send_params(launcher, y, row_values, handle, options)
-    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1], early=True, alone=True)
+    _launch_sender("combine_send", launcher, stream, params, options.wire, y.shape[-1])
 
 
 def launch_recv(
@@ -178,16 +178,13 @@ def _launch_sender(
     params: CombineSendParams | CombineDecodeParams,
     wire: WireFormat,
     hidden: int,
-    *,
-    early: bool = False,
-    alone: bool = False,
 ) -> None:
-    num_topk = launcher.num_topk
-    sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=name == "combine_decode")
+    num_topk, decodes = launcher.num_topk, name == "combine_decode"
+    sharing = _send_teams(encoding(wire, "bf16"), hidden, num_topk, decodes=decodes)
     tuning = launcher.tuning("combine", wire)
     kernel = launcher.kernels.get(combine_spec, name, encoding(wire, "bf16"), hidden, num_topk, tuning)
-    grid, shared_bytes = launcher.send_blocks("combine", wire), sharing.shared_bytes
-    kernel.launch(grid, sharing.threads, shared_bytes, stream, params, early=early, alone=alone)
+    grid, shared_bytes, follows = launcher.send_blocks("combine", wire), sharing.shared_bytes, not decodes
+    kernel.launch(grid, sharing.threads, shared_bytes, stream, params, early=follows, alone=follows)
 
 
 def _send_params(
