@@ -180,8 +180,9 @@ extern "C" __global__ void __maxnreg__(QCOMM_MAX_REGISTERS)
         } else {
             bool began = true;
             if (warp == kWorkers + kCounters) number_tokens(p.send, map);
-            if (warp == kWorkers + kCounters + kSenders - 1)
+            if (warp == kWorkers + kCounters + kSenders - 1) {
                 began = all_began(comm, epoch, kPhaseRoute, false);
+            }
             Shares shares;
             send_records(p.send, epoch, Senders().all(began), decode.outbox, shares, shared);
         }
